@@ -1,0 +1,268 @@
+"""What `softcheck jacobian` does with its options: read, check, collect the report."""
+
+import platform
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from gradcheck_cli import __version__
+from gradcheck_cli.checks.built_in import METHODS
+from gradcheck_cli.checks.candidate import Advance, Coverage
+from gradcheck_cli.checks.detect import choose_backend
+from gradcheck_cli.checks.jacobian import REFERENCE_METHOD, JacobianCheck, JacobianPlan
+from gradcheck_cli.checks.pictures import Show
+from gradcheck_cli.checks.setup import LossOptions, make_problem
+from gradcheck_cli.checks.subject import Subject
+from gradcheck_cli.devices import device_label, resolve_device
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.problem import Problem, UserCode, available_options, user_code, with_native_options
+from gradcheck_cli.results import CheckResult, Report, Verdict
+from gradcheck_cli.sources.scores import StoredArray, read_array, read_scores
+from gradcheck_cli.sources.targets import load_target
+
+NO_METHOD = "none"
+_ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".json", ".csv", ".tsv", ".txt")
+
+
+class JacobianOptions(TypedDict):
+    """The options of `softcheck jacobian` by the names of their parameters."""
+
+    scores: str
+    key: str | None
+    axis: int
+    temperature: float
+    dtype: str | None
+    device: str
+    function: str
+    target: str | None
+    weight: str | None
+    reduction: str | None
+    label_smoothing: float | None
+    ignore_index: int | None
+    impl: str | None
+    backward: str | None
+    jacobian: str | None
+    backend: str | None
+    methods: tuple[str, ...]
+    exhaustive: bool | None
+    probes: int | None
+    seed: int
+    resolution: float
+    show: str
+
+
+def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
+    """The report of one run. Raises SoftcheckError where nothing can be verified."""
+    methods = resolve_methods(options["methods"])
+    device = resolve_device(options["device"])
+    dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
+    stored = read_scores(options["scores"], key=options["key"], dtype=dtype)
+    problem = make_problem(
+        stored.tensor,
+        source=stored.origin,
+        function=options["function"],
+        axis=options["axis"],
+        temperature=options["temperature"],
+        loss=_loss_options(options),
+        device=device,
+        seed=options["seed"],
+    )
+    subject = _subject(options, problem)
+    if subject is None and not set(methods) & set(METHODS):
+        raise SoftcheckError(
+            "nothing to check: no built-in method is left and no code under test is given",
+            hint="drop --method, or add --impl, --backward or --jacobian",
+        )
+    coverage = Coverage(
+        exhaustive=options["exhaustive"], probes=options["probes"], resolution=options["resolution"]
+    )
+    plan = JacobianPlan(methods=methods, coverage=coverage, show=Show(options["show"]), subject=subject)
+    check = JacobianCheck(problem, plan, advance)
+    command = _rerun(options)
+    results = tuple(_with_rerun(result, command) for result in check.results())
+    return Report(
+        command="jacobian",
+        subject=_subject_line(options, problem, stored),
+        results=results,
+        facts=_facts(problem, results),
+        environment=_environment(problem),
+        pictures=check.pictures(),
+        notes=(*stored.notes, *check.notes()),
+    )
+
+
+def resolve_methods(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The built-in methods whose names begin with one of the wanted words; all of them without any word."""
+    known = (REFERENCE_METHOD, *METHODS)
+    words = [word.strip() for value in wanted for word in value.split(",") if word.strip()]
+    if not words:
+        return known
+    chosen: set[str] = set()
+    for word in words:
+        found = [name for name in known if name.startswith(word)]
+        if not found and word != NO_METHOD:
+            raise SoftcheckError(f"unknown method {word!r}", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
+        chosen.update(found)
+    return tuple(name for name in known if name in chosen)
+
+
+def _loss_options(options: JacobianOptions) -> LossOptions:
+    target = read_array(options["target"]) if options["target"] else None
+    weight = read_array(options["weight"]) if options["weight"] else None
+    return LossOptions(
+        target=None if target is None else target.tensor,
+        target_origin="" if target is None else target.origin,
+        weight=None if weight is None else weight.tensor,
+        weight_origin="" if weight is None else weight.origin,
+        reduction=options["reduction"],
+        label_smoothing=options["label_smoothing"],
+        ignore_index=options["ignore_index"],
+    )
+
+
+def _subject(options: JacobianOptions, problem: Problem) -> Subject | None:
+    """The code or the file under test, or None when only softcheck's own methods run."""
+    impl = _code(options["impl"], problem)
+    backward = _code(options["backward"], problem, takes_upstream=True)
+    stored, function = _jacobian_source(options["jacobian"], problem)
+    code = [one for one in (impl, backward, function) if one is not None]
+    if not code and stored is None:
+        if options["backend"] is not None:
+            raise SoftcheckError("--backend names the framework of code under test, but none is given")
+        return None
+    backend = choose_backend(options["backend"], code, problem)
+
+    def native(one: UserCode | None) -> UserCode | None:
+        return None if one is None else with_native_options(one, backend.native)
+
+    return Subject(
+        backend=backend,
+        impl=native(impl),
+        backward=native(backward),
+        jacobian=native(function),
+        stored=None if stored is None else stored.tensor,
+        stored_label="" if stored is None else stored.origin,
+    )
+
+
+def _code(spec: str | None, problem: Problem, *, takes_upstream: bool = False) -> UserCode | None:
+    if spec is None:
+        return None
+    target = load_target(spec)
+    return user_code(
+        target.value, label=target.label, available=available_options(problem), takes_upstream=takes_upstream
+    )
+
+
+def _jacobian_source(spec: str | None, problem: Problem) -> tuple[StoredArray | None, UserCode | None]:
+    if spec is None:
+        return None, None
+    if Path(spec).suffix.lower() in _ARRAY_SUFFIXES:
+        return read_array(spec), None
+    return None, _code(spec, problem)
+
+
+def _with_rerun(result: CheckResult, command: str) -> CheckResult:
+    if result.check == "structure" or result.verdict not in (Verdict.FAIL, Verdict.INCONCLUSIVE):
+        return result
+    return replace(result, rerun=command)
+
+
+_FLAGS = {
+    "key": "--key",
+    "axis": "--axis",
+    "temperature": "--temperature",
+    "dtype": "--dtype",
+    "device": "--device",
+    "function": "--function",
+    "target": "--target",
+    "weight": "--weight",
+    "reduction": "--reduction",
+    "label_smoothing": "--label-smoothing",
+    "ignore_index": "--ignore-index",
+    "impl": "--impl",
+    "backward": "--backward",
+    "jacobian": "--jacobian",
+    "backend": "--backend",
+    "probes": "--probes",
+    "seed": "--seed",
+    "resolution": "--resolution",
+}
+_DEFAULTS: dict[str, object] = {
+    "axis": -1,
+    "temperature": 1.0,
+    "device": "cpu",
+    "function": "softmax",
+    "seed": 0,
+    "resolution": 0.5,
+}
+
+
+def _rerun(options: JacobianOptions) -> str:
+    """The command line that repeats this run."""
+    words = ["softcheck", "jacobian", options["scores"]]
+    for name, value in options.items():
+        if name in _FLAGS and value is not None and value != _DEFAULTS.get(name):
+            words += [_FLAGS[name], str(value)]
+    for word in options["methods"]:
+        words += ["--method", word]
+    if options["exhaustive"] is not None:
+        words.append("--exhaustive" if options["exhaustive"] else "--no-exhaustive")
+    return shlex.join(words)
+
+
+def _subject_line(options: JacobianOptions, problem: Problem, stored: StoredArray) -> str:
+    tested = [name for name in (options["impl"], options["backward"], options["jacobian"]) if name]
+    what = f"{problem.function.name} at {stored.origin}"
+    return f"{' + '.join(tested)} as {what}" if tested else what
+
+
+def _facts(problem: Problem, results: tuple[CheckResult, ...]) -> tuple[tuple[str, str], ...]:
+    layout = problem.layout
+    facts = [
+        ("shape", "×".join(str(size) for size in layout.shape)),
+        ("dtype", str(problem.scores.dtype).removeprefix("torch.")),
+        ("device", device_label(problem.scores.device)),
+        ("axis", str(layout.axis)),
+        ("rows", f"{layout.rows:,}"),
+    ]
+    if problem.function.temperature != 1:
+        facts.append(("temperature", f"{problem.function.temperature:g}"))
+    facts += [
+        (name.replace("_", " "), str(value))
+        for name, value in problem.function.options().items()
+        if name in ("reduction", "label_smoothing", "ignore_index")
+    ]
+    facts.append(("coverage", _coverage_line(layout.entries, results)))
+    return tuple(facts)
+
+
+def _coverage_line(entries: int, results: tuple[CheckResult, ...]) -> str:
+    counted = [
+        result.checked for result in results if result.checked is not None and result.check == "derivative"
+    ]
+    full = sum(checked.entries == checked.total for checked in counted)
+    if full == len(counted):
+        return f"every one of {entries:,} Jacobian entries"
+    return (
+        f"{full} of {len(counted)} methods on every one of {entries:,} Jacobian entries, the others on probes"
+    )
+
+
+def _environment(problem: Problem) -> dict[str, str | int | bool]:
+    return {
+        "softcheck": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": device_label(problem.scores.device),
+        "dtype": str(problem.scores.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "seed": problem.seed,
+    }

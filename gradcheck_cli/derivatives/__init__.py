@@ -1,0 +1,1 @@
+"""Ways to obtain a derivative without trusting the rule under test."""

@@ -1,0 +1,111 @@
+"""Directional derivatives by central differences, with an error bar for every component."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Curve = Callable[[float], Tensor]
+"""t -> f(x + t u), a tensor of values."""
+
+LEVELS = 24
+"""Halvings of the step at most: 48 evaluations. The noise shows itself in the last of them."""
+_FIRST_STEP = 0.5
+_NOISE_LEVELS = 6
+_ROUNDING_SIGMAS = 3.0
+_LEAST_BITS = 4  # a direction keeps at least this many bits at the smallest step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A derivative, the error bar of every component, and what it cost.
+
+    `level` is the halving from which most components took their value, a good choice for further directions;
+    `noise` the rounding error of the values that was assumed or measured.
+    """
+
+    value: Tensor
+    bar: Tensor
+    noise: Tensor
+    level: int
+    evaluations: int
+
+
+def step_ladder(*, scale: float, levels: int = LEVELS) -> list[float]:
+    """Halving steps from half the scale down; powers of two times the scale's own power of two."""
+    top = _FIRST_STEP * 2.0 ** math.floor(math.log2(scale))
+    return [top * 2.0**-level for level in range(levels)]
+
+
+def exact_direction(direction: Tensor, point: Tensor, steps: list[float]) -> tuple[Tensor, list[float]]:
+    """The direction rounded so that point + t u is exact for every step kept, and those steps.
+
+    Without it the rounding of the perturbed point would enter the difference as noise of unknown size. Steps that
+    would leave a component fewer than four bits are dropped; masked (-inf) scores are never moved.
+    """
+    finite = torch.isfinite(point)
+    size = torch.where(finite, point.abs(), 0.0).double() + direction.abs().double() * steps[0]
+    ulp = torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-300)))) * torch.finfo(point.dtype).eps
+    typical = float(direction.abs().double().mean())
+    kept = [step for step in steps if step * typical >= 2**_LEAST_BITS * float(ulp.max())]
+    if not kept:
+        return torch.zeros_like(direction), []
+    grid = ulp / kept[-1]
+    return torch.where(finite, torch.round(direction / grid) * grid, 0.0).to(direction.dtype), kept
+
+
+def differentiate(curve: Curve, steps: list[float], *, noise: Tensor | float, eps: float) -> Estimate:
+    """The derivative of every component of the curve at t = 0, each at the level with the least error bar.
+
+    At level i, D is the central difference and R1, R2 its Richardson extrapolations over the last two and three
+    steps. The bar of R2 is |R2 - R1| + 3 σ with σ = ε/√2 · √((64/45hᵢ)² + (20/45hᵢ₋₁)² + (1/45hᵢ₋₂)²); raw
+    differences compete with |Dᵢ - Dᵢ₋₁| + 3 ε/(√2 hᵢ), because extrapolation is wrong across a kink. ε is the
+    largest of `noise`, eps·|f|, and what the last levels show: their differences there are noise alone.
+
+    `steps` halve and are at least three; `eps` is the relative spacing of the dtype in which the curve computes.
+    """
+    values = [(curve(step).double(), curve(-step).double()) for step in steps]
+    central = torch.stack(
+        [(high - low) / (2 * step) for (high, low), step in zip(values, steps, strict=True)]
+    )
+    size = torch.stack([torch.maximum(high.abs(), low.abs()) for high, low in values]).amax(0)
+    epsilon = torch.maximum(size * eps, torch.as_tensor(noise, dtype=torch.float64, device=size.device))
+    h = torch.tensor(steps, dtype=torch.float64, device=size.device).view(-1, *([1] * size.dim()))
+    epsilon = torch.maximum(epsilon, _measured_noise(central, h))
+    return _select(central, h, epsilon, evaluations=2 * len(steps))
+
+
+def _measured_noise(central: Tensor, h: Tensor) -> Tensor:
+    """Standard error of one value, from the scatter of the last central differences.
+
+    D at level i has the standard error ε/(√2 hᵢ), so the difference of two levels has ε/(√2 hᵢ) · √(5/4).
+    """
+    last = min(_NOISE_LEVELS, central.shape[0] - 1)
+    scatter = (central[-last:] - central[-last - 1 : -1]) * h[-last:] * math.sqrt(2 / 1.25)
+    return scatter.square().mean(0).sqrt().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _select(central: Tensor, h: Tensor, epsilon: Tensor, *, evaluations: int) -> Estimate:
+    once = central[1:] + (central[1:] - central[:-1]) / 3
+    twice = once[1:] + (once[1:] - once[:-1]) / 15
+    sigma = (epsilon / math.sqrt(2)) * (
+        (64 / 45 / h[2:]) ** 2 + (20 / 45 / h[1:-1]) ** 2 + (1 / 45 / h[:-2]) ** 2
+    ).sqrt()
+    bars = torch.cat(
+        [
+            (twice - once[1:]).abs() + _ROUNDING_SIGMAS * sigma,
+            (central[1:] - central[:-1]).abs() + _ROUNDING_SIGMAS * epsilon / (math.sqrt(2) * h[1:]),
+        ]
+    ).nan_to_num(nan=math.inf)
+    estimates = torch.cat([twice, central[1:]])
+    best = bars.argmin(0, keepdim=True)
+    levels = torch.cat([torch.arange(2, len(central)), torch.arange(1, len(central))]).to(best.device)
+    return Estimate(
+        value=estimates.gather(0, best)[0],
+        bar=bars.gather(0, best)[0],
+        noise=epsilon,
+        level=int(levels[best].double().median()),
+        evaluations=evaluations,
+    )

@@ -1,0 +1,23 @@
+"""The report as one line per problem, for logs and for grep."""
+
+from gradcheck_cli.reports.escape import escape
+from gradcheck_cli.reports.summary import describe, numbers_of, summarize
+from gradcheck_cli.results import CheckResult, Report, Verdict
+
+_REPORTED = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR)
+
+
+def render_concise(report: Report, *, unicode: bool = True) -> str:
+    """One line for each result that failed, could not run or is inconclusive; one line in all if none did."""
+    lines = [_line(result) for result in report.results if result.verdict in _REPORTED]
+    if not lines:
+        lines = [f"{report.verdict.value}: {report.subject}: {summarize(report)}"]
+    return "".join(f"{escape(line, unicode=unicode)}\n" for line in lines)
+
+
+def _line(result: CheckResult) -> str:
+    parts = [result.verdict.value, describe(result), ", ".join(numbers_of(result))]
+    if result.diagnosis:
+        parts += [result.diagnosis.code, result.diagnosis.message]
+    parts.append(result.reason or "")
+    return ": ".join(part for part in parts if part)

@@ -1,0 +1,93 @@
+"""The sentences that the reports for people share: what a row is, and what all rows amount to."""
+
+from collections.abc import Sequence
+
+from gradcheck_cli.reports.numbers import count, format_index, format_number
+from gradcheck_cli.results import CheckResult, Report, Verdict
+
+_WORDS = {
+    Verdict.PASS: "pass",
+    Verdict.FAIL: "FAIL",
+    Verdict.INCONCLUSIVE: "inconclusive",
+    Verdict.ERROR: "ERROR",
+    Verdict.SKIPPED: "skipped",
+}
+_SIGNS = {
+    Verdict.PASS: "✓",
+    Verdict.FAIL: "✗",
+    Verdict.INCONCLUSIVE: "?",
+    Verdict.ERROR: "!",
+    Verdict.SKIPPED: "–",
+}
+_LONGEST_NAME = 60
+
+
+def signed_word(verdict: Verdict) -> str:
+    """The verdict as a sign and a word, told apart without colour."""
+    return f"{_SIGNS[verdict]} {_WORDS[verdict]}"
+
+
+def method_of(result: CheckResult) -> str:
+    """The method, marked where the row is about the value and not about its derivative."""
+    return f"{result.method} (value)" if result.check == "forward" else result.method
+
+
+def place_of(result: CheckResult) -> str:
+    """Framework, device and dtype that really ran."""
+    return " ".join(part for part in (result.backend, result.device, result.dtype) if part)
+
+
+def describe(result: CheckResult) -> str:
+    """The row in one line: name, method and place."""
+    parts = (result.name, method_of(result) if result.method != result.name else "", place_of(result))
+    return " · ".join(part for part in parts if part)
+
+
+def shorten(name: str, *, longest: int = _LONGEST_NAME) -> str:
+    """The name, its middle left out where it is too long for a table; both ends tell names apart best."""
+    if len(name) <= longest:
+        return name
+    head = (longest - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
+
+
+def several(names: Sequence[str], *, shown: int = 3) -> str:
+    """The first names, and how many more there are; a single one is not shortened."""
+    if len(names) == 1:
+        return names[0]
+    rest = len(names) - shown
+    return "; ".join(map(shorten, names[:shown])) + (f"; and {rest:,} more" if rest > 0 else "")
+
+
+def numbers_of(result: CheckResult) -> list[str]:
+    """The measured numbers of a row, one phrase for each."""
+    parts = []
+    if result.max_error is not None:
+        where = f" at {format_index(result.worst.index)}" if result.worst else ""
+        parts.append(f"error {format_number(result.max_error)}{where}")
+    labelled = {"bound": result.bound, "error/bound": result.ratio, "detectable": result.detectable}
+    parts += [f"{label} {format_number(value)}" for label, value in labelled.items() if value is not None]
+    return parts
+
+
+def summarize(report: Report) -> str:
+    """What all rows amount to, after the verdict's word."""
+    counted = {verdict: [row for row in report.results if row.verdict is verdict] for verdict in Verdict}
+    ran = len(report.results) - len(counted[Verdict.SKIPPED])
+    skipped = f", {len(counted[Verdict.SKIPPED]):,} skipped" if counted[Verdict.SKIPPED] else ""
+    verdict = report.verdict
+    if not ran:
+        return f"nothing was checked{skipped}"
+    if verdict is Verdict.PASS:
+        return f"{count(ran, 'check')}{_weakest(counted[Verdict.PASS])}{skipped}"
+    failed = counted[Verdict.FAIL]
+    also = f", {len(failed):,} failed" if verdict is Verdict.ERROR and failed else ""
+    did = " could not run" if verdict is Verdict.ERROR else ""
+    head = f"{len(counted[verdict]):,} of {count(ran, 'check')}{did}{also}{skipped}"
+    return f"{head}: {several([describe(row) for row in counted[verdict]])}"
+
+
+def _weakest(rows: Sequence[CheckResult]) -> str:
+    """The largest of the rows' detectable errors: what the report as a whole can claim."""
+    detectable = [row.detectable for row in rows if row.detectable is not None]
+    return f", detectable error {format_number(max(detectable))}" if detectable else ""

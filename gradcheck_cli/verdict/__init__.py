@@ -1,0 +1,1 @@
+"""Judging derivatives: comparison with the reference, verdicts, and the reasons behind a failure."""

@@ -1,0 +1,237 @@
+"""Errors of Jacobian entries and products against the exact reference, in units of their bound."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.functions.double_double import split
+from gradcheck_cli.functions.reference import (
+    ROUNDING_SAFETY,
+    JacobianBound,
+    JacobianReference,
+    Product,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worst:
+    """The component with the largest error/bound and its place: (block, line, entry) of what was compared."""
+
+    ratio: float
+    place: tuple[int, int, int]
+    got: float
+    expected: float
+    error: float
+    bound: float
+
+    def beats(self, other: "Worst | None") -> bool:
+        """Whether this one is worse; equal ones are ordered by place, so that the result does not depend on timing."""
+        return other is None or (self.ratio, _earlier(self.place)) > (other.ratio, _earlier(other.place))
+
+
+def _earlier(place: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-part for part in place)
+
+
+def _as_ratio(value: float) -> float:
+    return math.inf if math.isnan(value) else abs(value)
+
+
+class EntryComparison:
+    """Compares tiles of Jacobian lines with the reference, keeping only the worst entry.
+
+    A tile is [b, l, entries]: l lines of each of b neighbouring blocks. Candidates in float64 are compared in
+    double-double: the top 26 bits of both factors have an exact product, and the rest is added after the leading
+    terms have cancelled. Work buffers are reused; a tile in float64 is overwritten.
+    """
+
+    def __init__(self, reference: JacobianReference, bound: JacobianBound, *, exact: bool) -> None:
+        self.worst: Worst | None = None
+        self._reference = reference
+        self._diagonal_bound = bound.diagonal
+        self._exact = exact
+        left, right = reference.left, reference.right
+        self._terms: tuple[tuple[Tensor, Tensor], ...]
+        if exact:
+            left_top, left_low = split(left.hi)
+            right_top, right_low = split(right.hi)
+            left_rest, right_rest = left_low + left.lo, right_low + right.lo
+            self._terms = (
+                (left_top[..., None], right_top[:, None, :]),
+                (
+                    torch.stack([left_top, left_rest], dim=-1),
+                    torch.stack([right_rest, right.hi], dim=-2),
+                ),
+            )
+        else:
+            self._terms = ((left.hi[..., None], right.hi[:, None, :]),)
+        floor = torch.full_like(bound.left[..., :1], bound.floor)
+        self._bound_left = torch.cat([bound.left, floor], dim=-1)
+        self._bound_right = torch.cat([bound.right, torch.ones_like(bound.right[:, :1])], dim=-2)
+        self._buffers: dict[str, Tensor] = {}
+
+    def update(self, tile: Tensor, *, first: int, lines: "slice | Tensor", bar: Tensor | None = None) -> None:
+        """Take in lines of blocks first … first+b; `bar` is the method's own error, if it has one.
+
+        `lines` is a slice of neighbours, the same for every block, or an index tensor [b, l].
+        """
+        factors = _Factors(slice(first, first + tile.shape[0]), lines)
+        error = self._error(tile, factors)
+        width = self._width(tile.shape, factors)
+        if bar is not None:
+            width.add_(bar)
+        ratio = error.div_(width)
+        if self._reference.defined is not None:
+            ratio.masked_fill_(~self._defined(factors), 0.0)
+        lowest, highest = torch.aminmax(ratio)
+        largest = max(_as_ratio(float(lowest)), _as_ratio(float(highest)))
+        if self.worst is None or largest > self.worst.ratio:
+            self._remember(ratio, width, factors)
+
+    def _error(self, tile: Tensor, factors: "_Factors") -> Tensor:
+        if tile.dtype != torch.float64:
+            tile = self._buffer("error", tile.shape, tile.device).copy_(tile)
+        diagonal = self._reference.diagonal
+        if diagonal is not None:
+            own = factors.diagonal(tile) - factors.of(diagonal.hi) - factors.of(diagonal.lo)
+        for left, right in self._terms:
+            torch.baddbmm(tile, factors.of(left), right[factors.blocks], alpha=-1, out=tile)
+        if diagonal is not None:
+            factors.set_diagonal(tile, own)
+        return tile
+
+    def _width(self, shape: torch.Size, factors: "_Factors") -> Tensor:
+        width = self._buffer("width", shape, self._bound_left.device)
+        torch.bmm(factors.of(self._bound_left), self._bound_right[factors.blocks], out=width)
+        if self._diagonal_bound is not None:
+            factors.set_diagonal(width, factors.diagonal(width) + factors.of(self._diagonal_bound))
+        return width
+
+    def _defined(self, factors: "_Factors") -> Tensor:
+        defined = self._reference.defined
+        assert defined is not None
+        return (
+            factors.of(defined)[..., None] if self._reference.by_column else defined[factors.blocks, None, :]
+        )
+
+    def _remember(self, ratio: Tensor, width: Tensor, factors: "_Factors") -> None:
+        flat = int(ratio.abs().argmax())
+        block, rest = divmod(flat, ratio.shape[1] * ratio.shape[2])
+        line, entry = divmod(rest, ratio.shape[2])
+        place = (factors.blocks.start + block, factors.line(block, line), entry)
+        bound = float(width[block, line, entry])
+        error = float(ratio[block, line, entry]) * bound
+        expected = self._expected(place)
+        candidate = Worst(
+            ratio=_as_ratio(float(ratio[block, line, entry])),
+            place=place,
+            got=expected + error,
+            expected=expected,
+            error=_as_ratio(error),
+            bound=bound,
+        )
+        if candidate.beats(self.worst):
+            self.worst = candidate
+
+    def _expected(self, place: tuple[int, int, int]) -> float:
+        block, line, entry = place
+        diagonal = self._reference.diagonal
+        if diagonal is not None and line == entry:
+            return float(diagonal.hi[block, line])
+        return float(self._reference.left.hi[block, line]) * float(self._reference.right.hi[block, entry])
+
+    def _buffer(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+        size = shape.numel()
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size:
+            held = self._buffers[name] = torch.empty(size, dtype=torch.float64, device=device)
+        return held[:size].view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """Which lines of which blocks a tile holds: takes their factors and reaches their diagonal entries."""
+
+    blocks: slice
+    lines: "slice | Tensor"
+
+    def of(self, factors: Tensor) -> Tensor:
+        """The tile's lines of per-line numbers [blocks, lines] or [blocks, lines, k]."""
+        rows = factors[self.blocks]
+        if isinstance(self.lines, slice):
+            return rows[:, self.lines]
+        index = self.lines if rows.dim() == 2 else self.lines[..., None].expand(-1, -1, rows.shape[2])
+        return rows.gather(1, index)
+
+    def line(self, block: int, position: int) -> int:
+        """The line's number in its block."""
+        if isinstance(self.lines, slice):
+            return int(self.lines.start) + position
+        return int(self.lines[block, position])
+
+    def diagonal(self, tile: Tensor) -> Tensor:
+        """The entries (line, line) of the tile, [b, l], as a copy."""
+        if isinstance(self.lines, slice):
+            return tile[:, :, self.lines].diagonal(dim1=1, dim2=2).clone()
+        return tile.gather(2, self.lines[..., None])[..., 0]
+
+    def set_diagonal(self, tile: Tensor, values: Tensor) -> None:
+        """Write the entries (line, line) of the tile."""
+        if isinstance(self.lines, slice):
+            tile[:, :, self.lines].diagonal(dim1=1, dim2=2).copy_(values)
+        else:
+            tile.scatter_(2, self.lines[..., None], values[..., None])
+
+
+def compare_product(
+    got: Tensor, product: Product, *, defined: Tensor | None, bar: Tensor | None = None
+) -> Worst:
+    """The worst component of a product with the Jacobian [blocks, size]; its place is (block, 0, component)."""
+    error = (got.to(torch.float64) - product.value.hi) - product.value.lo
+    bound = product.bound if bar is None else product.bound + bar
+    same = got.to(torch.float64) == product.value.hi  # equal infinities: no error
+    ratio = (error / bound).masked_fill(same, 0.0)
+    if defined is not None:
+        ratio = ratio.masked_fill(~defined, 0.0)
+    flat = int(ratio.abs().argmax())
+    block, entry = divmod(flat, ratio.shape[1])
+    return Worst(
+        ratio=_as_ratio(float(ratio[block, entry])),
+        place=(block, 0, entry),
+        got=float(got[block, entry]),
+        expected=float(product.value.hi[block, entry]),
+        error=_as_ratio(float(error[block, entry])) if not bool(same[block, entry]) else 0.0,
+        bound=float(bound[block, entry]),
+    )
+
+
+_DETECTABLE_MARGIN = 1 + 1 / ROUNDING_SAFETY
+"""A faulty result also carries its own rounding error, which may hide that much of the fault."""
+_LARGEST_ENTRIES = 8  # the bound is tightest, relative to the entry, where the factors are largest
+
+
+def detectable_entries(reference: JacobianReference, bound: JacobianBound) -> float:
+    """The smallest relative error of the whole Jacobian that some entry would have shown."""
+    lines = min(_LARGEST_ENTRIES, reference.outputs)
+    entries = min(_LARGEST_ENTRIES, reference.inputs)
+    i = reference.left.hi.abs().topk(lines, dim=1).indices
+    j = reference.right.hi.abs().topk(entries, dim=1).indices
+    value = reference.left.hi.gather(1, i)[:, :, None] * reference.right.hi.gather(1, j)[:, None, :]
+    left = bound.left.gather(1, i[..., None].expand(-1, -1, bound.left.shape[2]))
+    right = bound.right.gather(2, j[:, None, :].expand(-1, bound.right.shape[1], -1))
+    width = left @ right + bound.floor
+    if reference.diagonal is not None and bound.diagonal is not None:
+        own = i[:, :, None] == j[:, None, :]
+        value = torch.where(own, reference.diagonal.hi.gather(1, i)[:, :, None], value)
+        width = width + own * bound.diagonal.gather(1, i)[:, :, None]
+    return detectable_ratio(value, width, defined=None)
+
+
+def detectable_ratio(value: Tensor, bound: Tensor, *, defined: Tensor | None) -> float:
+    """The smallest relative change of all components that one of them would have shown as a failure."""
+    ratio = (bound / value.abs()).nan_to_num(nan=math.inf)
+    if defined is not None:
+        ratio = ratio.masked_fill(~defined, math.inf)
+    return float(ratio.min()) * _DETECTABLE_MARGIN if ratio.numel() else math.inf

@@ -1,0 +1,850 @@
+"""Names a wrong softmax Jacobian by matching it, entry by entry, against the formulas of known mistakes.
+
+Everything is written for A in dx = A·g, the matrix that the backward under test applies to an upstream
+gradient g. A formula explains A when every entry agrees within the rounding that evaluating it may have, so
+near-uniform scores, where formulas coincide, give several explanations and never a single wrong name.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.results import Diagnosis
+
+FIT_MULTIPLE = 4.0
+"""Rounding bounds by which a wrong formula may miss an entry, beside the verdict bound of the right one.
+
+It is the room that the verdict gives a right rule; tests/verdict/test_diagnosis.py measures how much is used.
+"""
+NOISE_FLOOR = 1 / 64
+"""Rounding in a dtype reaches at least this share of its verdict bound somewhere in a row."""
+NOISE_SHARE = 0.1
+"""Errors are noise if each sign, and what is left after the best constant factor, has at least this share."""
+
+_UNIT_ROUNDOFF = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+_SAMPLE = 96  # indices of a long row on which formulas are tried before they are tried on all of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a failed check knows about one row.
+
+    `response[i, j]` [m, n] is what came back at score j for a unit upstream at output i, less the response
+    to a zero upstream; `expected` and `bound` are the true Jacobian (temperature and reduction included) and
+    its verdict bound, all float64. `s` [n] is the row's softmax, `target` [n] the effective target of
+    cross-entropy (weights and smoothing included). `zero_vector` [n] is the response to a zero upstream and
+    `zero_response` its largest entry relative to the largest of `expected`. `leaks` says that an upstream on
+    this row alone changed other rows. `dtype` is the one under test.
+    """
+
+    function: str
+    response: Tensor
+    expected: Tensor
+    bound: Tensor
+    s: Tensor
+    target: Tensor | None
+    zero_response: float
+    zero_vector: Tensor | None
+    leaks: bool
+    rows: int
+    temperature: float
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Formula:
+    """A known mistake: A as a sum of terms, the rule as code would write it, and a sentence about it.
+
+    A zero upstream brings back `zero` times s.
+    """
+
+    code: str
+    matrix: str
+    rule: str
+    text: str
+    zero: int = 0
+
+    @property
+    def terms(self) -> Iterator[tuple[int, str]]:
+        """The signs and names of the terms."""
+        for part in re.split(r" (?=[+−] )", self.matrix):
+            yield (-1 if part.startswith("−") else 1), part.lstrip("+− ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """The evidence as A [n, m], with what the formulas need.
+
+    `unit` is the unit roundoff, `collision` the sum of s², `mass` the sum of y, and `scale` what the right
+    formula must be multiplied by to give `want` (1/T and the reduction; NaN where nothing does).
+    """
+
+    evidence: Evidence
+    got: Tensor
+    want: Tensor
+    bound: Tensor
+    s: Tensor
+    y: Tensor
+    unit: float
+    classes: int
+    collision: float
+    mass: float
+    scale: float = math.nan
+
+    @property
+    def error(self) -> Tensor:
+        return self.got - self.want
+
+    @property
+    def square(self) -> bool:
+        return self.got.shape[0] == self.got.shape[1] == self.s.numel()
+
+    @property
+    def roundoff(self) -> Tensor:
+        """Relative rounding of s_i·s_j (s_i where there is one output): u (4 + log2 n + d_i + d_j)."""
+        gap = (self.s.max() / self.s).log().where(self.s > 0, 0.0)
+        pair = gap[:, None] + gap[None, :] if self.square else gap[:, None]
+        return self.unit * (4 + math.log2(self.classes) + pair)
+
+    @property
+    def offset(self) -> Tensor | None:
+        """The response to a zero upstream, if it is more than rounding."""
+        vector, limit = self.evidence.zero_vector, self.unit * (4 + math.log2(self.classes))
+        return None if vector is None or not self.evidence.zero_response > limit else _float64(vector)
+
+    def at(self, s: Tensor) -> "_Case":
+        """The same case with another softmax."""
+        return replace(self, s=s, collision=float((s * s).sum()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """A candidate for A, known up to a factor, and its own rounding."""
+
+    value: Tensor
+    rounding: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    """The factors with which a model explains every entry: `best` is the least-squares one."""
+
+    low: float
+    best: float
+    high: float
+
+    def __contains__(self, factor: float) -> bool:
+        return self.low <= factor <= self.high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finding:
+    """One explanation that holds at every entry; `miss` is its typical miss in units of the tolerance."""
+
+    code: str
+    text: str
+    miss: float = 0.0
+    detail: Mapping[str, str | float] = field(default_factory=dict)
+
+
+def diagnose(evidence: Evidence) -> Diagnosis:
+    """The mistake that explains the response at every entry, down to what rounding allows.
+
+    Single causes come before combined ones. Where several explain the response equally well, the simplest
+    gives the code, the message says so and `detail["alternatives"]` names the others; where none does, the
+    code is "unrecognised".
+    """
+    case = _prepare(evidence)
+    found = [*_not_comparable(case)] or _coupled(case) or [*_absent(case)]
+    if not found and _is_within_bounds(case):
+        found = [_unrecognised(case, "the error is too close to rounding to be recognised")]
+    found = found or _explanations(case) or [*_masked(case)] or [*_confined(case)]
+    found = found or [*_narrower(case), *_recovered_point(case)] or [*_regressed(case)]
+    return _report(case, found or [_unrecognised(case, "no known mistake explains the error")])
+
+
+def _float64(values: Tensor) -> Tensor:
+    return torch.as_tensor(values).detach().to("cpu", torch.float64)
+
+
+def _prepare(evidence: Evidence) -> _Case:
+    s = _float64(evidence.s)
+    y = torch.zeros_like(s) if evidence.target is None else _float64(evidence.target)
+    case = _Case(
+        evidence=evidence,
+        got=_float64(evidence.response).T,
+        want=_float64(evidence.expected).T,
+        bound=_float64(evidence.bound).T,
+        s=s,
+        y=y,
+        unit=_UNIT_ROUNDOFF.get(evidence.dtype, 2.0**-53),
+        classes=s.numel(),
+        collision=float((s * s).sum()),
+        mass=float(y.sum()),
+    )
+    right = _RIGHT.get(evidence.function)
+    if right is None or not bool(torch.isfinite(case.want).all() & torch.isfinite(s).all()):
+        return case
+    model = _model(replace(case, scale=1.0), right)
+    if model.value.shape != case.want.shape:
+        return case
+    if evidence.function != "cross_entropy":
+        exact = _explains(replace(case, got=case.want), model, 1 / evidence.temperature)
+        return replace(case, scale=1 / evidence.temperature) if exact else case
+    factors = _factors(replace(case, got=case.want), model)
+    return replace(case, scale=factors.best) if factors else case
+
+
+_TERMS: dict[str, Callable[[_Case], Tensor]] = {
+    "diag(s)": lambda c: torch.diag(c.s),
+    "diag(s²)": lambda c: torch.diag(c.s * c.s),
+    "I": lambda c: torch.eye(c.s.numel(), dtype=torch.float64),
+    "1 1ᵀ": lambda c: torch.ones_like(c.want),
+    "1 1ᵀ/C": lambda c: torch.full_like(c.want, 1 / c.classes),
+    "s 1ᵀ": lambda c: c.s[:, None].expand_as(c.want),
+    "s 1ᵀ/C": lambda c: (c.s[:, None] / c.classes).expand_as(c.want),
+    "1 sᵀ": lambda c: c.s[None, :].expand_as(c.want),
+    "s sᵀ": lambda c: torch.outer(c.s, c.s),
+    "s² 1ᵀ": lambda c: (c.s * c.s)[:, None].expand_as(c.want),
+    "s² sᵀ": lambda c: torch.outer(c.s * c.s, c.s),
+    "s s²ᵀ": lambda c: torch.outer(c.s, c.s * c.s),
+    "Σs²·s sᵀ": lambda c: c.collision * torch.outer(c.s, c.s),
+    "Σs²·s 1ᵀ": lambda c: (c.collision * c.s)[:, None].expand_as(c.want),
+    "s": lambda c: c.s[:, None],
+    "s²": lambda c: (c.s * c.s)[:, None],
+    "1": lambda c: torch.ones_like(c.want),
+    "1/C": lambda c: torch.full_like(c.want, 1 / c.classes),
+    "onehot(max s)": lambda c: _one_hot(c.s),
+    "p·Σy": lambda c: c.mass * c.s[:, None],
+    "p²·Σy": lambda c: c.mass * (c.s**2)[:, None],
+    "p³·Σy": lambda c: c.mass * (c.s**3)[:, None],
+    "p·Σp²·Σy": lambda c: c.mass * c.collision * c.s[:, None],
+    "y": lambda c: c.y[:, None],
+    "y·p": lambda c: (c.y * c.s)[:, None],
+    "y·p²": lambda c: (c.y * c.s**2)[:, None],
+    "y/p": lambda c: (c.y / c.s).where(c.y != 0, 0.0)[:, None],
+    "p·Σ(y/p)": lambda c: (c.y / c.s).where(c.y != 0, 0.0).sum() * c.s[:, None],
+    "p·Σ(y·p)": lambda c: (c.y * c.s).sum() * c.s[:, None],
+    "onehot(max y)": lambda c: c.mass * _one_hot(c.y),
+}
+
+
+def _one_hot(values: Tensor) -> Tensor:
+    hot = torch.zeros_like(values)
+    hot[values.argmax()] = 1.0
+    return hot[:, None]
+
+
+_RIGHT = {
+    "softmax": _Formula("", "diag(s) − s sᵀ", "dx = s·(g − Σ s·g)", ""),
+    "log_softmax": _Formula("", "I − s 1ᵀ", "dx = g − s·Σg", ""),
+    "logsumexp": _Formula("", "s", "dx = g·s", ""),
+    "cross_entropy": _Formula("", "p·Σy − y", "dx = g·(p·Σy − y)", ""),
+}
+# A table: one mistake on two or three lines.
+# fmt: off
+_SOFTMAX = (
+    _Formula("missing-dot-product", "diag(s)", "dx = s·g",
+             "the dot-product term −s·Σ s·g is missing: each entry ignores the others"),
+    _Formula("diagonal-only", "diag(s) − diag(s²)", "dx = g·s·(1 − s)",
+             "only the diagonal of the Jacobian is used, as for a sigmoid: the terms −s_i·s_j are missing"),
+    _Formula("identity", "I", "dx = g",
+             "the upstream gradient is copied through unchanged: the Jacobian is left out"),
+    _Formula("log-softmax-rule", "I − s 1ᵀ", "dx = g − s·Σg",
+             "the gradient of log-softmax is used for softmax"),
+    _Formula("wrong-contraction", "I − 1 sᵀ", "dx = g − Σ s·g",
+             "the outer factor s is forgotten: g − Σ s·g must still be multiplied by s"),
+    _Formula("wrong-contraction", "diag(s) + s sᵀ", "dx = s·(g + Σ s·g)",
+             "the dot product Σ s·g is added where it must be subtracted"),
+    _Formula("wrong-contraction", "diag(s) − s 1ᵀ/C", "dx = s·(g − mean(g))",
+             "the plain mean of g is subtracted where the s-weighted sum Σ s·g belongs"),
+    _Formula("wrong-contraction", "diag(s) − s 1ᵀ", "dx = s·(g − Σg)",
+             "the plain sum of g is subtracted where the s-weighted sum Σ s·g belongs"),
+    _Formula("wrong-contraction", "diag(s²) − s² sᵀ", "dx = s²·(g − Σ s·g)",
+             "the outer factor s is multiplied in twice"),
+    _Formula("double-jacobian", "diag(s²) − s² sᵀ − s s²ᵀ + Σs²·s sᵀ", "dx = J·(J·g)",
+             "the softmax Jacobian is applied twice"),
+    _Formula("partial-gradient", "− s sᵀ", "dx = −s·Σ s·g",
+             "only the dot-product term came back: the diagonal term s·g is missing"),
+    _Formula("wrong-contraction", "I", "dx = g − s",
+             "g − s is returned: the upstream gradient is treated as a loss gradient at the logits", zero=-1),
+    _Formula("wrong-contraction", "− I", "dx = s − g",
+             "s − g is returned, the fused p − y of cross-entropy with the upstream gradient for y", zero=1),
+)
+_LOG_SOFTMAX = (
+    _Formula("diagonal-only", "I − diag(s)", "dx = g·(1 − s)",
+             "only the diagonal of the Jacobian is used: the terms −s_i for the other classes are missing"),
+    _Formula("identity", "I", "dx = g",
+             "the upstream gradient is copied through unchanged: the normaliser's gradient is left out"),
+    _Formula("softmax-rule", "diag(s) − s sᵀ", "dx = s·(g − Σ s·g)",
+             "the gradient of softmax is used for log-softmax"),
+    _Formula("wrong-contraction", "I + s 1ᵀ", "dx = g + s·Σg",
+             "s·Σg is added where it must be subtracted"),
+    _Formula("wrong-contraction", "I − s 1ᵀ/C", "dx = g − s·mean(g)",
+             "the mean of g is used where the sum of g belongs"),
+    _Formula("wrong-contraction", "I − 1 1ᵀ", "dx = g − Σg",
+             "the factor s before Σg is forgotten"),
+    _Formula("transposed", "I − 1 sᵀ", "dx = g − Σ s·g",
+             "the Jacobian is transposed: g − Σ s·g came back where g − s·Σg belongs"),
+    _Formula("wrong-contraction", "I − s² 1ᵀ", "dx = g − s²·Σg",
+             "the factor s before Σg is multiplied in twice"),
+    _Formula("wrong-contraction", "diag(s)", "dx = s·g",
+             "s·g is returned where g − s·Σg belongs"),
+    _Formula("double-jacobian", "diag(s) − s sᵀ − s² 1ᵀ + Σs²·s 1ᵀ", "dx = J·(g − s·Σg)",
+             "the log-softmax gradient passes through the softmax Jacobian once more"),
+    _Formula("partial-gradient", "− s 1ᵀ", "dx = −s·Σg",
+             "only the normaliser's part −s·Σg came back: the upstream gradient itself is missing"),
+    _Formula("wrong-contraction", "I", "dx = g − s",
+             "g − s is returned: the sum of g is taken to be one", zero=-1),
+    _Formula("wrong-contraction", "I", "dx = g + exp(y)",
+             "g + exp(y) is returned where g − exp(y)·Σg belongs", zero=1),
+    _Formula("wrong-contraction", "− I", "dx = s − g",
+             "s − g is returned, the fused p − y of cross-entropy with the upstream gradient for y", zero=1),
+)
+_CROSS_ENTROPY = (
+    _Formula("diagonal-only", "y·p − y", "dx = −g·y·(1 − p)",
+             "only the diagonal of the softmax Jacobian is used: classes without target get no gradient"),
+    _Formula("identity", "− y/p", "dx = −g·y/p",
+             "the gradient at the probabilities, −y/p, is copied through: the softmax Jacobian is left out"),
+    _Formula("identity", "1", "dx = g",
+             "the upstream gradient is copied to every score: the factor p − y is left out"),
+    _Formula("partial-gradient", "p·Σy", "dx = g·p",
+             "the target is never subtracted: p came back where p − y belongs"),
+    _Formula("partial-gradient", "− y", "dx = −g·y",
+             "only the target's part −y came back: the normaliser's gradient p is missing (detached?)"),
+    _Formula("wrong-contraction", "p·Σy + y", "dx = g·(p + y)",
+             "the target is added where it must be subtracted"),
+    _Formula("softmax-rule", "p·Σ(y·p) − y·p", "dx = −g·J·y",
+             "the softmax Jacobian is applied to −y where the log-softmax one belongs"),
+    _Formula("log-softmax-rule", "p·Σ(y/p) − y/p", "dx = g·(p·Σ(y/p) − y/p)",
+             "the log-softmax rule is applied to −y/p where the softmax one belongs"),
+    _Formula("double-jacobian", "p²·Σy − y·p − p·Σp²·Σy + p·Σ(y·p)", "dx = g·J·(p − y)",
+             "p − y, already the gradient at the logits, passes through the softmax Jacobian once more"),
+    _Formula("double-jacobian", "p²·Σy − p³·Σy − y·p + y·p²", "dx = g·(p − y)·p·(1 − p)",
+             "p − y, already the gradient at the logits, is multiplied by p·(1 − p) once more"),
+    _Formula("wrong-contraction", "p²·Σy − y·p", "dx = g·p·(p − y)",
+             "p − y is multiplied by p once more"),
+    _Formula("partial-gradient", "p·Σy − onehot(max y)", "dx = g·(p − onehot(y))",
+             "the target is taken as one class: the mass that y gives to the others is missing"),
+)
+_LOGSUMEXP = (
+    _Formula("diagonal-only", "s − s²", "dx = g·s·(1 − s)",
+             "s·(1 − s), the diagonal of the softmax Jacobian, is used where s belongs"),
+    _Formula("identity", "1", "dx = g",
+             "the upstream gradient is copied to every score: the factor s is left out"),
+    _Formula("wrong-contraction", "s²", "dx = g·s²",
+             "the factor s is multiplied in twice"),
+    _Formula("wrong-contraction", "1/C", "dx = g/C",
+             "the upstream gradient is spread evenly over the scores, not in proportion to s"),
+    _Formula("partial-gradient", "onehot(max s)", "dx = g at the largest score",
+             "only the largest score gets a gradient: this is the gradient of the maximum"),
+)
+_WRONG_AXIS = {
+    "softmax": _Formula(
+        "wrong-axis", "diag(s) − diag(s²)", "dx = s·(g − Σ_batch s·g)",
+        "the dot product Σ s·g runs over the batch axis, not over the softmax axis"),
+    "log_softmax": _Formula(
+        "wrong-axis", "I − diag(s)", "dx = g − s·Σ_batch g",
+        "the sum of g runs over the batch axis, not over the softmax axis"),
+}
+# fmt: on
+_FORMULAS = {
+    "softmax": _SOFTMAX,
+    "log_softmax": _LOG_SOFTMAX,
+    "cross_entropy": _CROSS_ENTROPY,
+    "logsumexp": _LOGSUMEXP,
+}
+_BASIS = {
+    "softmax": ("diag(s)", "s sᵀ", "diag(s²)", "I", "1 1ᵀ/C", "s 1ᵀ", "1 sᵀ", "s² sᵀ"),
+    "log_softmax": ("I", "s 1ᵀ", "diag(s)", "s sᵀ", "diag(s²)", "1 1ᵀ/C", "1 sᵀ", "s² sᵀ"),
+    "cross_entropy": ("p·Σy", "y", "p²·Σy", "y·p", "1"),
+    "logsumexp": ("s", "s²", "1"),
+}
+
+
+def _model(case: _Case, formula: _Formula) -> _Model:
+    """The formula's matrix, and the rounding of its terms: a multiple of the sum of their magnitudes."""
+    value = magnitude = torch.zeros(1, 1, dtype=torch.float64)
+    for sign, name in formula.terms:
+        term = _TERMS[name](case)
+        value = value + sign * term
+        magnitude = magnitude + term.abs()
+    scale = case.scale
+    return _Model(value=scale * value, rounding=FIT_MULTIPLE * abs(scale) * case.roundoff * magnitude)
+
+
+def _true_model(case: _Case) -> _Model:
+    return _Model(value=case.want, rounding=case.bound)
+
+
+def _explains(case: _Case, model: _Model, factor: float = 1.0) -> bool:
+    """Whether every entry of the model times the factor is within its tolerance."""
+    miss = (case.got - factor * model.value).abs()
+    return bool((miss <= case.bound + abs(factor) * model.rounding).all())
+
+
+def _miss(case: _Case, model: _Model, factor: float = 1.0) -> float:
+    """The typical miss (root mean square) in units of a tolerance that is the same for all models."""
+    tolerance = case.bound + FIT_MULTIPLE * case.roundoff * case.got.abs()
+    return float(((case.got - factor * model.value) / tolerance).square().mean().sqrt())
+
+
+def _as_good_as(case: _Case, miss: float) -> float:
+    """The largest miss that counts as equally good: a few times the miss, or of one unit in the last place.
+
+    Few entries say little, hence their square root.
+    """
+    last_place = 2 / (FIT_MULTIPLE * (4 + math.log2(case.classes)))
+    return max(miss, last_place) * (2 + 6 / math.sqrt(case.got.numel()))
+
+
+def _factors(case: _Case, model: _Model) -> _Range | None:
+    """All factors with which the model explains every entry, None if there are none."""
+    tolerance = case.bound + model.rounding
+    weight = 1 / tolerance.clamp_min(float(tolerance.max()) * 1e-60)
+    value = model.value * weight
+    size = float((value * value).sum())
+    best = float((case.got * weight * value).sum()) / size if size > 0 else 0.0
+    if best == 0 or not math.isfinite(best):
+        return None
+    tolerance = case.bound + abs(best) * model.rounding
+    used = model.value != 0
+    if bool((case.got.abs() > tolerance)[~used].any()):
+        return None
+    centre, half = case.got[used] / model.value[used], tolerance[used] / model.value[used].abs()
+    low, high = float((centre - half).max()), float((centre + half).min())
+    return _Range(low=low, best=min(max(best, low), high), high=high) if low <= high else None
+
+
+def _sampled(case: _Case) -> _Case:
+    """The same case on a few indices of a long row, where a formula that fails can be rejected soon."""
+    if not case.square or case.classes <= 2 * _SAMPLE:
+        return case
+    index = torch.linspace(0, case.classes - 1, _SAMPLE).long()
+    got, want, bound = (part[index][:, index] for part in (case.got, case.want, case.bound))
+    return replace(case, s=case.s[index], y=case.y[index], got=got, want=want, bound=bound)
+
+
+def _explanations(case: _Case) -> list[_Finding]:
+    """Everything in the dictionary that explains the response equally well, the simplest first."""
+    whole = [*_constant_factor(case)]
+    plain = [*_plain_formulas(case), *_named_points(case)] or [*_transposed(case)]
+    named = any("factor_equals" in finding.detail for finding in whole)
+    found = whole + plain if named else plain + whole
+    found += _combined(case, named=True)
+    found = found or _combined(case, named=False)
+    if case.classes == 2 and whole and not named:
+        found += _recovered_point(case)  # of two classes, every softmax has the Jacobian of any other, scaled
+    limit = _as_good_as(case, min((finding.miss for finding in found), default=0.0))
+    return [finding for finding in found if finding.miss <= limit]
+
+
+def _constant_factor(case: _Case) -> Iterator[_Finding]:
+    """The right Jacobian times a constant."""
+    model = _true_model(case)
+    factors = _factors(case, model)
+    if factors is None or _needs_no_factor(case, model, factors):
+        return
+    names = _factor_names(case, model, factors)
+    rule = _RIGHT[case.evidence.function].rule if case.evidence.function in _RIGHT else "dx = Jᵀ·g"
+    detail: dict[str, str | float] = {"formula": _times("c", rule), "factor": factors.best}
+    if names:
+        detail["factor_equals"] = "; ".join(names)
+    text = f"the gradient is the right one times {' or '.join(names) or _number(factors)}"
+    if len(names) > 1:
+        text += " (another batch size, length or temperature tells which)"
+    if "−1" in names:
+        text = "the gradient has the wrong sign: it is the right one times −1"
+    yield _Finding(
+        code="sign" if "−1" in names else "scale",
+        text=text,
+        miss=_miss(case, model, factors.best),
+        detail=detail,
+    )
+
+
+def _needs_no_factor(case: _Case, model: _Model, factors: _Range) -> bool:
+    return 1.0 in factors and _miss(case, model) <= _as_good_as(case, _miss(case, model, factors.best))
+
+
+def _factor_names(case: _Case, model: _Model, factors: _Range) -> tuple[str, ...]:
+    """The quantities of this problem that the factor, or its negative, may be."""
+    rows, classes, temperature = case.evidence.rows, case.classes, case.evidence.temperature
+    known = {
+        "1": 1.0,
+        "2": 2.0,
+        "½": 0.5,
+        f"the number of rows ({rows})": float(rows),
+        f"1/rows (1/{rows})": 1 / rows,
+        f"the number of classes ({classes})": float(classes),
+        f"1/classes (1/{classes})": 1 / classes,
+        f"the temperature ({temperature:g})": temperature,
+        f"1/temperature (1/{temperature:g})": 1 / temperature,
+    }
+    limit = _as_good_as(case, _miss(case, model, factors.best))
+    names = []
+    for name, value in known.items():
+        for sign, text in ((1, name), (-1, f"−{name}")):
+            if sign * value not in (1.0, *((-1.0,) if name != "1" else ())) and sign * value in factors:
+                names += [text] if _miss(case, model, sign * value) <= limit else []
+    return tuple(names)
+
+
+def _times(factor: str, rule: str) -> str:
+    return f"dx = {factor}·({rule.removeprefix('dx = ')})"
+
+
+def _number(factors: _Range) -> str:
+    """The factor with the digits that its range leaves."""
+    width = max((factors.high - factors.low) / abs(factors.best), 1e-15)
+    return f"{factors.best:.{max(2, math.ceil(-math.log10(width)))}g}"
+
+
+def _models(case: _Case) -> Iterator[tuple[_Formula, _Model]]:
+    """The formulas whose response at g = 0 fits and which a sample of the entries does not rule out."""
+    if math.isnan(case.scale):
+        return
+    sample = _sampled(case)
+    for formula in _FORMULAS[case.evidence.function]:
+        if formula.zero and not _returns_at_zero(case, formula.zero):
+            continue
+        if sample is case or _factors(sample, _model(sample, formula)):
+            yield formula, _model(case, formula)
+
+
+def _returns_at_zero(case: _Case, sign: int) -> bool:
+    if case.offset is None:
+        return False
+    expected = sign * case.scale * case.s
+    allowed = case.bound.amax(dim=1) + FIT_MULTIPLE * case.roundoff.diagonal() * expected.abs()
+    return bool(((case.offset - expected).abs() <= allowed).all())
+
+
+def _plain_formulas(case: _Case) -> list[_Finding]:
+    """The formulas as they are; one that also explains the response at g = 0 rules out those that do not."""
+    found = [
+        (formula.zero, _from_formula(formula, miss=_miss(case, model)))
+        for formula, model in _models(case)
+        if _explains(case, model)
+    ]
+    at_zero = any(zero for zero, _ in found)
+    return [finding for zero, finding in found if zero or not at_zero]
+
+
+def _combined(case: _Case, *, named: bool) -> list[_Finding]:
+    """Formulas times a factor: a quantity of this problem, or any that at least four entries agree on."""
+    found: list[_Finding] = []
+    if case.offset is not None:  # a factor beside a wrong response at g = 0 would be a third cause
+        return found
+    for formula, model in _models(case):
+        factors = _factors(case, model)
+        if factors is None or _needs_no_factor(case, model, factors):
+            continue
+        if _explains(replace(case, got=case.want), model):
+            continue
+        names = _factor_names(case, model, factors)
+        miss = _miss(case, model, factors.best)
+        if named and names:
+            found.append(_from_formula(formula, miss=miss, factor=names[0]))
+        elif not named and int(model.value.count_nonzero()) >= 4:
+            found.append(_from_formula(formula, miss=miss, factor=_number(factors)))
+    return found
+
+
+def _from_formula(formula: _Formula, *, miss: float, factor: str = "") -> _Finding:
+    rule, text = formula.rule, formula.text
+    if factor:
+        rule, text = _times(factor, rule), f"{text}; and all of it is multiplied by {factor}"
+    return _Finding(
+        code=formula.code, text=text, miss=miss, detail={"formula": rule, "matrix": formula.matrix}
+    )
+
+
+def _named_points(case: _Case) -> Iterator[_Finding]:
+    """The right formula with the softmax of other scores."""
+    if math.isnan(case.scale):
+        return
+    right, temperature = _RIGHT[case.evidence.function], case.evidence.temperature
+    twice, forgotten = "softmax is applied twice: the formula uses", "the softmax in the formula"
+    points = {f"{twice} softmax(s) where s belongs": case.s.softmax(0)}
+    if temperature != 1:
+        points |= {
+            f"{twice} softmax(s/T) where s belongs": (case.s / temperature).softmax(0),
+            f"{forgotten} is taken without the temperature": _sharpened(case.s, temperature),
+            f"{forgotten} is divided by the temperature twice": _sharpened(case.s, 1 / temperature),
+        }
+    for text, s in points.items():
+        model = _model(case.at(s), right)
+        if _explains(case, model):
+            miss = _miss(case, model)
+            yield _Finding(code="wrong-point", text=text, miss=miss, detail={"formula": right.rule})
+
+
+def _sharpened(s: Tensor, power: float) -> Tensor:
+    raised = (s / s.max()) ** power
+    return raised / raised.sum()
+
+
+def _transposed(case: _Case) -> Iterator[_Finding]:
+    if not case.square or _explains(replace(case, got=case.want.T), _true_model(case)):
+        return
+    model = _Model(value=case.want.T, rounding=case.bound.T)
+    if _explains(case, model):
+        text = "the Jacobian is transposed: J·g came back where Jᵀ·g belongs"
+        yield _Finding(code="transposed", text=text, miss=_miss(case, model), detail={"formula": "dx = J·g"})
+
+
+def _not_comparable(case: _Case) -> Iterator[_Finding]:
+    """NaN or infinity in the response, or no finite reference to compare it with."""
+    if not bool(torch.isfinite(case.want).all() & torch.isfinite(case.bound).all()):
+        yield _unrecognised(case, "the true Jacobian is not finite here")
+        return
+    broken = ~torch.isfinite(case.got)
+    count = int(broken.sum())
+    vector = case.evidence.zero_vector
+    if count == 0 and (vector is None or bool(torch.isfinite(_float64(vector)).all())):
+        return
+    text = "a zero upstream brings back NaN or infinity"
+    if count:
+        text = f"{count} of {broken.numel()} entries are NaN or infinite"
+    if count and not bool((broken & ~_at_zeros(case)).any()):
+        text += ", all of them where the softmax is zero (masked or underflowed)"
+    yield _Finding(code="non-finite", text=text, detail={"entries": float(count)})
+
+
+def _coupled(case: _Case) -> list[_Finding]:
+    """An upstream on this row changed others: a sum along the wrong axis, or rows mixed up."""
+    if not case.evidence.leaks:
+        return []
+    axis: list[_Finding] = []
+    formula = _WRONG_AXIS.get(case.evidence.function)
+    if formula and not math.isnan(case.scale):
+        model = _model(case, formula)
+        axis = [_from_formula(formula, miss=_miss(case, model))] if _explains(case, model) else []
+    if _is_within_bounds(case):
+        own = "its own part is right, so a sum runs over the whole batch or rows share an upstream"
+    elif _is_zero(case):
+        own = "the row itself gets nothing, so rows use each other's upstream"
+    elif axis:
+        return axis
+    else:
+        own = "its own part is wrong too"
+        if explained := _explanations(case):
+            own += f" ({explained[0].text})"
+    text = f"an upstream on one row changes the gradient of others; {own}"
+    return [_Finding(code="batch-coupled", text=text), *axis]
+
+
+def _absent(case: _Case) -> Iterator[_Finding]:
+    """Nothing depends on the upstream."""
+    if not _is_zero(case):
+        return
+    if case.offset is not None:
+        yield _ignored(case, case.offset)
+        return
+    causes = ["detached", "a missing branch"]
+    if bool((case.want.sum(dim=1).abs() <= case.bound.sum(dim=1)).all()):
+        causes.append("a constant in place of the upstream, which the Jacobian cancels")
+    if case.evidence.rows > 1:
+        causes.append("another row's upstream in place of this one's")
+    text = f"no gradient comes back, it is zero: {', '.join(causes[:-1])} or {causes[-1]}"
+    yield _Finding(code="zero-gradient", text=text, detail={"formula": "dx = 0"})
+    yield from (other for other in _explanations(case) if other.miss <= _as_good_as(case, 0.0))
+
+
+def _ignored(case: _Case, offset: Tensor) -> _Finding:
+    """The same comes back for every upstream; says what it is."""
+    constants = {
+        "what the right rule returns for an upstream of ones": case.want.sum(dim=1),
+        "s": case.scale * case.s,
+        "s·(1 − s)": case.scale * case.s * (1 - case.s),
+        "1 − s": case.scale * (1 - case.s),
+        "ones": torch.full_like(case.s, case.scale),
+        "p − y": (case.mass * case.s - case.y) / case.evidence.temperature,
+    }
+    allowed = float(case.bound.max() + offset.abs().max() * FIT_MULTIPLE * case.roundoff.max())
+    known = [name for name, value in constants.items() if float((offset - value).abs().max()) <= allowed]
+    text = "the upstream gradient is ignored: the same comes back for every upstream"
+    if known:
+        text += f", namely {known[0]}"
+    return _Finding(
+        code="upstream-ignored", text=text, detail={"formula": f"dx = {(known or ['constant'])[0]}"}
+    )
+
+
+def _is_within_bounds(case: _Case) -> bool:
+    return bool((case.error.abs() <= case.bound).all())
+
+
+def _is_zero(case: _Case) -> bool:
+    """Exactly zero, or no larger than a rounding of the largest entry and unlike the right Jacobian."""
+    size = case.got.norm() * case.want.norm()
+    alike = float((case.got * case.want).sum().abs()) > 0.5 * float(size) > 0
+    return bool(case.got.abs().max() <= case.unit * case.want.abs().max()) and not alike
+
+
+def _at_zeros(case: _Case) -> Tensor:
+    """The entries of A that belong to a score whose softmax is zero."""
+    zero = case.s == 0
+    at_zeros = zero[:, None] | zero[None, :] if case.square else zero[:, None]
+    return at_zeros.expand_as(case.got)
+
+
+def _masked(case: _Case) -> Iterator[_Finding]:
+    """The error is confined to entries whose softmax is zero."""
+    masked, bad = _at_zeros(case), case.error.abs() > case.bound
+    if bool((bad & ~masked).any()) or bool(masked.all()):
+        return
+    count, total = int(bad.sum()), int(masked.sum())
+    text = f"only entries where the softmax is zero (masked or underflowed) are wrong: {count} of {total}"
+    yield _Finding(code="masked-entries", text=text, detail={"entries": float(count)})
+
+
+def _confined(case: _Case) -> Iterator[_Finding]:
+    """The error is confined to a run of neighbouring scores, and others could have shown it."""
+    bad = case.error.abs() > case.bound
+    for dim, what in ((0, "scores"), (1, "upstream entries")):
+        hit = bad.any(dim=1 - dim).nonzero().flatten()
+        size, first, last = bad.shape[dim], int(hit[0]), int(hit[-1])
+        length = last - first + 1
+        if length != hit.numel() or length == size or (2 * length > size and size - length < 2):
+            continue
+        inside = torch.zeros(size, dtype=torch.bool).index_fill(0, hit, value=True)
+        if not _others_would_show(case, bad, inside[:, None] if dim == 0 else inside):
+            continue
+        if not case.square and torch.equal(inside, case.y > 0):
+            yield _unrecognised(case, "only the entries of the target are wrong, and no known mistake fits")
+            return
+        place = f"{first}" if length == 1 else f"{first} to {last}"
+        place += f", the last {length} of {size}," if last == size - 1 else f" of {size}"
+        yield _Finding(
+            code="index-range",
+            text=f"only {what} {place} are wrong: a tail, a tile boundary or an index range is mishandled",
+            detail={"first": float(first), "last": float(last), "size": float(size)},
+        )
+        return
+
+
+def _others_would_show(case: _Case, bad: Tensor, inside: Tensor) -> bool:
+    """Whether the typical relative error inside would stand out at most entries outside."""
+    tiny = torch.finfo(torch.float64).tiny
+    relative = float((case.error.abs() / case.want.abs().clamp_min(tiny))[bad].median())
+    visible = case.bound < 0.1 * min(relative, 1.0) * case.want.abs()
+    return bool(visible[(~inside).expand_as(visible)].double().mean() >= 0.5)
+
+
+def _narrower(case: _Case) -> Iterator[_Finding]:
+    """The error is noise, of the size of rounding in narrower dtypes than the one under test."""
+    own = _UNIT_ROUNDOFF.get(case.evidence.dtype)
+    if own is None or not _is_noise(case):
+        return
+    ratio = float((case.error.abs() / case.bound).max())
+    shares = {name: ratio * own / unit for name, unit in _UNIT_ROUNDOFF.items() if unit > own}
+    names = " or ".join(name for name, share in shares.items() if NOISE_FLOOR <= share <= 1)
+    if names:
+        text = f"the error is noise of the size of rounding in {names}: part of it is computed in that dtype"
+        yield _Finding(code="low-precision", text=text, detail={"dtype": names, "ratio": ratio})
+
+
+def _is_noise(case: _Case) -> bool:
+    error, truth = (case.error / case.bound).flatten(), (case.want / case.bound).flatten()
+    positive = float((error[error.abs() > 1] > 0).double().mean())
+    rest = error - truth * (error @ truth / (truth @ truth))
+    return min(positive, 1 - positive, float(rest @ rest / (error @ error))) >= NOISE_SHARE
+
+
+def _recovered_point(case: _Case) -> Iterator[_Finding]:
+    """The right formula at a softmax that the diagonal of the response reveals and the rest confirms."""
+    function = case.evidence.function
+    if math.isnan(case.scale) or function not in ("softmax", "log_softmax") or case.classes < 2:
+        return
+    diagonal = case.got.diagonal() / case.scale
+    points = [(1 - diagonal, torch.ones_like(diagonal))]
+    if function == "softmax":  # s·(1 − s) = diagonal has two roots; only the largest s can be above ½
+        root = (1 - 4 * diagonal).clamp_min(0).sqrt()
+        largest = torch.arange(case.classes) == diagonal.argmax()
+        small = 2 * diagonal / (1 + root)
+        points = [(s, 1 / root) for s in (small, torch.where(largest, (1 + root) / 2, small))]
+    for s, growth in points:
+        model = _model(case.at(s), _RIGHT[function])
+        doubt = ((case.bound + model.rounding).diagonal() / case.scale * growth).clamp_max(0.5)
+        spread = doubt[:, None].expand_as(case.got)
+        if function == "softmax":
+            spread = doubt[:, None] * s.abs() + s.abs()[:, None] * doubt + torch.diag(doubt)
+        model = replace(model, rounding=model.rounding + abs(case.scale) * spread)
+        if bool((s >= -doubt).all()) and _explains(case, model):
+            total, change = float(s.sum()), float((s - case.s).abs().max())
+            text = f"the formula is right but uses another softmax (stale?), with sum {total:.9g}"
+            yield _Finding(code="wrong-point", text=text, detail={"sum": total, "largest_change": change})
+            return
+
+
+def _regressed(case: _Case) -> Iterator[_Finding]:
+    """At most three terms with coefficients that no table lists, by least squares and elimination."""
+    if math.isnan(case.scale):
+        return
+    sample = _sampled(case)
+    names, coefficients = (
+        _BASIS[case.evidence.function],
+        _least_squares(sample, _BASIS[case.evidence.function]),
+    )
+    while coefficients and len(names) > 1:
+        fewer = [names[:i] + names[i + 1 :] for i in range(len(names))]
+        kept = next((some for some in fewer if _least_squares(sample, some)), None)
+        if kept is None:
+            break
+        names = kept
+    coefficients = _least_squares(case, names)
+    if not coefficients or len(names) > 3 or case.got.numel() < 4 * len(names):
+        return
+    matrix = " + ".join(f"{c:.9g}·{name}" for name, c in zip(names, coefficients, strict=True))
+    matrix = matrix.replace("+ -", "− ").replace("-", "−")
+    text = f"the gradient is dx = A·g with A = {matrix}: a term is missing or has the wrong coefficient"
+    yield _Finding(code="wrong-contraction", text=text, detail={"matrix": matrix})
+
+
+def _least_squares(case: _Case, names: tuple[str, ...]) -> list[float]:
+    """The coefficients with which these terms explain every entry; none if they do not."""
+    terms = torch.stack([case.scale * _TERMS[name](case).expand_as(case.got) for name in names])
+    size = FIT_MULTIPLE * case.roundoff * terms.abs()
+    weight = 1 / (case.bound + size.amax(dim=0))
+    columns = (terms * weight).flatten(1).T
+    norms = columns.norm(dim=0).clamp_min(1e-300)
+    fit = torch.linalg.lstsq(columns / norms, (case.got * weight).flatten()[:, None], driver="gelsd")
+    coefficients = fit.solution[:, 0] / norms
+    model = _Model(
+        value=torch.tensordot(coefficients, terms, dims=1),
+        rounding=torch.tensordot(coefficients.abs(), size, dims=1),
+    )
+    return coefficients.tolist() if _explains(case, model) else []
+
+
+def _unrecognised(case: _Case, text: str) -> _Finding:
+    relative = float(case.error.norm() / case.want.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return _Finding(code="unrecognised", text=text, detail={"relative_error": relative})
+
+
+def _report(case: _Case, found: list[_Finding]) -> Diagnosis:
+    """The first finding as a diagnosis, with the others as alternatives."""
+    first, *others = found
+    message = f"{first.text[0].upper()}{first.text[1:]}."
+    detail = dict(first.detail)
+    if case.evidence.function in _RIGHT:
+        detail["right"] = _RIGHT[case.evidence.function].rule
+    if others:
+        message += f" These scores cannot tell it from: {'; '.join(other.text for other in others[:4])}."
+        detail["alternatives"] = "; ".join(f"{other.code}: {other.text}" for other in others)
+    if case.offset is not None and first.code != "upstream-ignored":
+        detail["zero_response"] = case.evidence.zero_response
+        message += " A zero upstream brings back something that is not zero."
+    return Diagnosis(code=first.code, message=message, detail=detail)
