@@ -200,7 +200,7 @@ def _at_point(point: Callable[[Rows], Array]) -> dict[str, Rule]:
 def scaled(factor: float) -> Fault:
     """The right gradient times a constant."""
     code = "sign" if factor == -1 else "scale"
-    return Fault(name=f"times {factor:.17g}", pattern="P5", code=code, rules=_times(lambda r: factor))
+    return Fault(name=f"times {factor!r}", pattern="P5", code=code, rules=_times(lambda r: factor))
 
 
 def _nothing(r: Rows, g: Array) -> Array:

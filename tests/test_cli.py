@@ -250,9 +250,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_check(run, tmp_path
     assert (tmp_path / "report.txt").read_text() == "old"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["fake", "pass"], ["fake", "print"], ["--help"], ["completion", "zsh"]]
-)
+@pytest.mark.parametrize("arguments", [["fake", "pass"], ["fake", "print"], ["--help"], ["completion", "zsh"]])
 @pytest.mark.parametrize("reader", ["closed", "full"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_report_that_nobody_gets_is_not_a_pass(run, arguments, reader, unbuffered):
@@ -273,9 +271,7 @@ def test_a_report_that_nobody_gets_is_not_a_pass(run, arguments, reader, unbuffe
 
 def in_shell(driver, redirection, *arguments, cwd):
     command = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, str(driver), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=120, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=120, check=False)
 
 
 def test_missing_streams(driver, tmp_path):
@@ -398,9 +394,7 @@ def test_the_guard_against_heavy_imports_can_fail():
 
 def seconds(*arguments):
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *arguments], capture_output=True, env=environment(), timeout=60, check=True
-    )
+    subprocess.run([sys.executable, *arguments], capture_output=True, env=environment(), timeout=60, check=True)
     return time.perf_counter() - started
 
 

@@ -13,6 +13,7 @@ from gradcheck_cli.derivatives.difference_columns import DifferenceColumns
 from gradcheck_cli.derivatives.finite_difference import differentiate, exact_direction, step_ladder
 from gradcheck_cli.derivatives.line_sources import (
     COMPLEX_STEP,
+    COMPLEX_STEP_FLOOR,
     ComplexStep,
     NumpyClosedForm,
     RowBlocks,
@@ -213,6 +214,7 @@ def _complex_step(context: Context) -> "Candidate | CheckResult":
         context,
         "complex step",
         "numpy",
+        floor=COMPLEX_STEP_FLOOR,
         dtype=torch.float64,
         by_column=True,
         largest=COMPLEX_ENTRIES,

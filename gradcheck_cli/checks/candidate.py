@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class Candidate:
 
     `operator` applies it to a cotangent, or to a tangent if `by_column`; `lines` gives tiles of it, where there
     is something faster than one product per line. `dtype` is the precision it must live up to;
-    `largest` the number of entries up to which it is checked entry by entry on its own accord.
+    `largest` the number of entries up to which it is checked entry by entry on its own accord; `floor` the size
+    of derivatives that the method cannot see, beside the dtype's own underflow.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Candidate:
     dtype: torch.dtype
     by_column: bool
     largest: int
+    floor: float = 0.0
     operator: Operator | None = None
     lines: LineSource | None = None
 
@@ -91,7 +93,8 @@ class CandidateCheck:
         self._problem = problem
         self._candidate = candidate
         self._reference = reference.transposed() if candidate.by_column else reference
-        self._bound = self._reference.bound_for(Rounding.of(candidate.dtype))
+        bound = self._reference.bound_for(Rounding.of(candidate.dtype))
+        self._bound = replace(bound, floor=bound.floor + candidate.floor)
         self._advance = advance
         self._has_bar = False
 

@@ -109,7 +109,8 @@ class JacobianCheck:
     def _checked(self, method: "Candidate | CheckResult") -> CheckResult:
         if not isinstance(method, Candidate):
             return method
-        if self._structure is None and method.operator is not None and not method.by_column:
+        preferred = self._structure is None or (self._own is None and method.method == "reverse mode")
+        if preferred and method.operator is not None and not method.by_column:
             self._structure = method
         return CandidateCheck(self._problem, self._reference, method, self._advance).run(self._plan.coverage)
 

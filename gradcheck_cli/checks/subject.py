@@ -12,7 +12,7 @@ from gradcheck_cli.backends.base import Backend, Function, UnsupportedDerivative
 from gradcheck_cli.checks.candidate import Candidate, Operator
 from gradcheck_cli.checks.judge import Row, dtype_name, judged, skipped
 from gradcheck_cli.derivatives.finite_difference import differentiate, exact_direction, step_ladder
-from gradcheck_cli.derivatives.line_sources import COMPLEX_STEP, infinite_outputs
+from gradcheck_cli.derivatives.line_sources import COMPLEX_STEP, COMPLEX_STEP_FLOOR, infinite_outputs
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.reference import ROUNDING_SAFETY, JacobianReference, Product, Rounding
 from gradcheck_cli.problem import Problem, UserCode
@@ -239,6 +239,7 @@ def _complex_candidate(
         subject,
         impl.label,
         "complex step",
+        floor=COMPLEX_STEP_FLOOR,
         dtype=torch.float64,
         by_column=True,
         largest=COMPLEX_CALLS_ENTRIES,

@@ -69,9 +69,7 @@ def output_options(callback: Callable[..., int]) -> Callable[..., int]:
     return debug_option(decorated)
 
 
-def _report_files(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[ReportFile, ...]:
+def _report_files(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[ReportFile, ...]:
     """The values of `--report`, each KIND=FILE, or a usage error that names the kinds."""
     reports = []
     for value in values:
@@ -109,8 +107,7 @@ _OPTIONS = (
         metavar="KIND=FILE",
         multiple=True,
         callback=_report_files,
-        help=f"Also write the report to FILE in the format KIND ({', '.join(FORMATS)}); repeatable, "
-        "none by default.",
+        help=f"Also write the report to FILE in the format KIND ({', '.join(FORMATS)}); repeatable, none by default.",
     ),
     click.option(
         "-q",

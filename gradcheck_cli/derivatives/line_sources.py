@@ -12,11 +12,13 @@ from gradcheck_cli.functions.base import ClosedForm, Row, RowFunction
 from gradcheck_cli.functions.reference import JacobianReference
 from gradcheck_cli.verdict.stream import Compute, Lines, Tile
 
-COMPLEX_STEP = 2.0**-332
-"""Imaginary step near 1e-100: its square vanishes, so that the derivative has no truncation error.
+COMPLEX_STEP = 2.0**-60
+"""Imaginary step near 1e-18: its square is 20 digits below rounding, so that there is no truncation error.
 
 Source: Squire & Trapp (1998), Using complex variables to estimate derivatives of real functions.
 """
+COMPLEX_STEP_FLOOR = 4 * 2.0**-1074 / COMPLEX_STEP
+"""Derivatives below this are lost to underflow of the imaginary part: a few smallest subnormals over the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,7 +117,7 @@ class CrossEntropy(RowFunction):
         grouped = row.reshape(-1, self._length)
         first = block * grouped.shape[0]
         target, scale = self._mass.hi[first : first + grouped.shape[0]], self._scale.hi[first : first + 1, 0]
-        right = row * 0
+        right = row.clone() if isinstance(row, Tensor) else row.copy()
         for place in range(grouped.shape[0]):
             own = _like(target[place], row)
             softmax = row_softmax(grouped[place], self.temperature)
@@ -145,7 +145,8 @@ class CrossEntropy(RowFunction):
             width = exact.s.hi * (grown * total.hi.abs() + lost) + unit * summands * mass.hi.abs()
             size = loss.abs_terms + (mass.hi.abs() * exact.gap).sum(-1, keepdim=True)
             floor = floor_of(rounding, self.temperature)
-            value = (size + total.hi.abs() * exact.input_error.amax(-1, keepdim=True)) * (unit * summands)
+            size = size + total.hi.abs() * (1 + exact.input_error.amax(-1, keepdim=True))
+            value = size * (unit * summands)
             value = (value * scale.hi.abs()).reshape(layout.blocks, -1).sum(-1, keepdim=True) + floor
             return JacobianBound(
                 left=scale.hi.abs().reshape(layout.blocks, -1)[:, :1, None] / self.temperature,

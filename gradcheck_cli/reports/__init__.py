@@ -28,9 +28,7 @@ def render(name: str, report: Report, *, look: Look) -> str:
 def _table(report: Report, look: Look) -> str:
     from gradcheck_cli.reports.table import render_table
 
-    return render_table(
-        report, width=look.width, color=look.color, unicode=look.unicode, exit_code=look.exit_code
-    )
+    return render_table(report, width=look.width, color=look.color, unicode=look.unicode, exit_code=look.exit_code)
 
 
 def _concise(report: Report, look: Look) -> str:

@@ -37,9 +37,7 @@ def check_destinations(paths: Iterable[Path]) -> None:
                 hint="choose another folder",
             )
         if path.resolve() in seen:
-            raise SoftcheckError(
-                f"two reports would be written to {str(path)!r}", hint="give each its own file"
-            )
+            raise SoftcheckError(f"two reports would be written to {str(path)!r}", hint="give each its own file")
         seen.add(path.resolve())
 
 

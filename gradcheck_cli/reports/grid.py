@@ -11,7 +11,7 @@ from rich.text import Text
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 
-_GAP = 2
+GAP = 2
 Lines = tuple[str, ...]
 _ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
@@ -32,18 +32,18 @@ class Column:
     styles: tuple[str, ...] = ()
 
 
-def grid_width(columns: Sequence[Column], look: Look) -> int:
-    """The fewest terminal cells in which the columns fit."""
-    return sum(_needed(column, look) for column in columns) + _GAP * (len(columns) - 1)
+def grid_width(columns: Sequence[Column], look: Look, *, gap: int = GAP) -> int:
+    """The fewest terminal cells in which the columns fit with `gap` blanks between them."""
+    return sum(_needed(column, look) for column in columns) + gap * (len(columns) - 1)
 
 
-def grid(columns: Sequence[Column], look: Look) -> Table:
+def grid(columns: Sequence[Column], look: Look, *, gap: int = GAP) -> Table:
     """The columns as a table whose text is data, never markup."""
     table = Table(
         box=SIMPLE_HEAD if look.unicode else _ASCII_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, gap - 1, 0, 0),  # beside the one blank that the box puts between columns
         header_style="bold",
         border_style="dim",
     )

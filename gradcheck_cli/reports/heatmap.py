@@ -40,9 +40,7 @@ def heat_map(picture: Picture, look: Look) -> list[Text]:
     margin = len(str(extent[0] - 1)) + 1
     room = max(look.width - margin, 4)
     halves = look.color and look.unicode and len(values[0]) * 2 > room
-    shown = _fit(
-        values, columns=room if halves else room // 2, lines=_MOST_LINES * 2 if halves else _MOST_LINES
-    )
+    shown = _fit(values, columns=room if halves else room // 2, lines=_MOST_LINES * 2 if halves else _MOST_LINES)
     scale = _largest(values)
     draw = _half_blocks if halves else _pairs
     body = draw(shown, scale, look=look)
@@ -130,9 +128,7 @@ def _style(value: float, scale: float, *, look: Look) -> str:
         return ""
     if math.isnan(value):
         return _NAN_STYLE
-    return (
-        f"{'color(16)' if _level(value, scale) > _TOP // 2 else 'color(231)'} on {_background(value, scale)}"
-    )
+    return f"{'color(16)' if _level(value, scale) > _TOP // 2 else 'color(231)'} on {_background(value, scale)}"
 
 
 def _half_blocks(values: Matrix, scale: float, *, look: Look) -> list[Text]:  # noqa: ARG001 - as _pairs

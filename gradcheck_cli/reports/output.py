@@ -51,19 +51,13 @@ def deliver(report: Report, output: OutputOptions) -> int:
     Nothing is written before every format is rendered, and files come before standard output: a report that
     cannot be delivered whole raises SoftcheckError.
     """
-    exit_code = decide_exit_code(
-        report, exit_zero=output.exit_zero, allow_inconclusive=output.allow_inconclusive
-    )
-    plain = Look(
-        width=DEFAULT_WIDTH, color=output.color is ColorChoice.ALWAYS, unicode=True, exit_code=exit_code
-    )
+    exit_code = decide_exit_code(report, exit_zero=output.exit_zero, allow_inconclusive=output.allow_inconclusive)
+    plain = Look(width=DEFAULT_WIDTH, color=output.color is ColorChoice.ALWAYS, unicode=True, exit_code=exit_code)
     wanted = [(beside.format, beside.path) for beside in output.reports]
     if output.path is not None:
         wanted.insert(0, (output.format, output.path))
     files = [OutputFile(path=path, text=render(name, report, look=plain)) for name, path in wanted]
-    text = (
-        "" if output.path is not None else render(output.format, report, look=_stdout_look(output, exit_code))
-    )
+    text = "" if output.path is not None else render(output.format, report, look=_stdout_look(output, exit_code))
     write_files(files)
     if output.path is None:
         write_stdout(text)

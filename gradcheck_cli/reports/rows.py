@@ -8,7 +8,7 @@ from rich.text import Text
 
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
-from gradcheck_cli.reports.grid import Column, Lines, flow, grid, grid_width
+from gradcheck_cli.reports.grid import GAP, Column, Lines, flow, grid, grid_width
 from gradcheck_cli.reports.numbers import MISSING, format_index, format_number, format_seconds
 from gradcheck_cli.reports.summary import method_of, numbers_of, place_of, shorten, signed_word
 from gradcheck_cli.results import CheckResult, Verdict
@@ -27,8 +27,9 @@ _INDENT = 4
 def result_rows(results: Sequence[CheckResult], look: Look) -> RenderableType:
     """The forward and derivative checks: one line each if the width allows, else two, else a list."""
     wide = _wide(results)
-    if look.width >= _WIDE and grid_width(wide, look) <= look.width:
-        return grid(wide, look)
+    for gap in (GAP, 1):
+        if look.width >= _WIDE and grid_width(wide, look, gap=gap) <= look.width:
+            return grid(wide, look, gap=gap)
     compact = _compact(results)
     if grid_width(compact, look) <= look.width:
         return grid(compact, look)
@@ -61,7 +62,7 @@ def _wide(results: Sequence[CheckResult]) -> list[Column]:
         _texts("where", [_where(row) for row in results], below=_where_head(results)),
         _numbers(("bound",), [row.bound for row in results]),
         _numbers(("error/", "bound"), [row.ratio for row in results]),
-        _numbers(("detectable",), [row.detectable for row in results]),
+        _numbers(("detect-", "able"), [row.detectable for row in results]),
         _texts("time", [format_seconds(row.seconds) for row in results], right=True),
         _verdicts(results),
     ]
@@ -81,9 +82,7 @@ def _compact(results: Sequence[CheckResult]) -> list[Column]:
     where = [_where(row) for row in results]
     return [
         Column(head=("method", "  ran on"), cells=_paired(labels, places), least=20),
-        Column(
-            head=("largest error", _where_head(results) or "where"), cells=_paired(errors, where), right=True
-        ),
+        Column(head=("largest error", _where_head(results) or "where"), cells=_paired(errors, where), right=True),
         Column(head=("bound", "detectable"), cells=_paired(bounds, detectable), right=True),
         Column(head=("error/bound", "time"), cells=_paired(ratios, times), right=True),
         _verdicts(results),
@@ -98,9 +97,7 @@ def _listed(results: Sequence[CheckResult], labels: Sequence[str], look: Look) -
 
     lines: list[RenderableType] = []
     for row, label in zip(results, labels, strict=True):
-        lines.append(
-            Text.assemble(text(signed_word(row.verdict), VERDICT_STYLES[row.verdict]), "  ", text(label))
-        )
+        lines.append(Text.assemble(text(signed_word(row.verdict), VERDICT_STYLES[row.verdict]), "  ", text(label)))
         phrases = [*numbers_of(row), *([format_seconds(row.seconds)] if row.seconds > 0 else [])]
         details = [text(place_of(row), "dim")] if place_of(row) else []
         details += flow([text(phrase) for phrase in phrases], width=look.width - _INDENT - 1, gap=", ")
@@ -132,12 +129,12 @@ def _paired(upper: Sequence[str], lower: Sequence[str]) -> tuple[Lines, ...]:
 
 
 def _where(row: CheckResult) -> str:
-    return format_index(row.worst.index) if row.worst else MISSING
+    return format_index(row.worst.index) if row.worst and row.worst.index else MISSING
 
 
 def _where_head(results: Sequence[CheckResult]) -> str:
     """What the numbers of a position are, if they are the same in every row."""
-    names = {2: "(row, j)", 3: "(row, i, j)"}
+    names = {2: "row, j", 3: "row, i, j"}
     lengths = {len(row.worst.index) for row in results if row.worst}
     return names.get(lengths.pop(), "") if len(lengths) == 1 else ""
 

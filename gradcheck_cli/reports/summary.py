@@ -63,7 +63,7 @@ def numbers_of(result: CheckResult) -> list[str]:
     """The measured numbers of a row, one phrase for each."""
     parts = []
     if result.max_error is not None:
-        where = f" at {format_index(result.worst.index)}" if result.worst else ""
+        where = f" at {format_index(result.worst.index)}" if result.worst and result.worst.index else ""
         parts.append(f"error {format_number(result.max_error)}{where}")
     labelled = {"bound": result.bound, "error/bound": result.ratio, "detectable": result.detectable}
     parts += [f"{label} {format_number(value)}" for label, value in labelled.items() if value is not None]

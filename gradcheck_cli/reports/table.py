@@ -13,20 +13,19 @@ from rich.text import Text
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.grid import flow
-from gradcheck_cli.reports.numbers import format_checked, format_number, format_pair
+from gradcheck_cli.reports.numbers import format_checked, format_index, format_number, format_pair
 from gradcheck_cli.reports.pictures import show_picture
 from gradcheck_cli.reports.rows import VERDICT_STYLES, result_rows, structure_rows
 from gradcheck_cli.reports.summary import describe, method_of, several, signed_word, summarize
 from gradcheck_cli.results import CheckResult, Report, Verdict
 
 _MOST_EXPLAINED = 20
+_MOST_METHODS = 8
 _SMALLEST_WIDTH = 40
 _INDENT = 4
 
 
-def render_table(
-    report: Report, *, width: int, color: bool, unicode: bool, exit_code: int | None = None
-) -> str:
+def render_table(report: Report, *, width: int, color: bool, unicode: bool, exit_code: int | None = None) -> str:
     """The report as text of at most `width` columns; the same report gives the same bytes everywhere.
 
     `exit_code` is the one that the process returns, by default the report's own. Only a single word of a
@@ -88,8 +87,7 @@ def _text(content: str, look: Look, style: str = "") -> Text:
 def _header(report: Report, look: Look) -> list[RenderableType]:
     lines: list[RenderableType] = [_text(report.subject, look, "bold")]
     facts = [
-        _text(f"{label} ", look, "dim").append_text(_text(value, look, "not dim"))
-        for label, value in report.facts
+        _text(f"{label} ", look, "dim").append_text(_text(value, look, "not dim")) for label, value in report.facts
     ]
     lines += flow(facts, width=look.width, gap="   ")
     for note in report.notes:
@@ -124,14 +122,9 @@ def _failure(row: CheckResult, look: Look) -> RenderableType:
         details.append(code.append_text(_text(row.diagnosis.message, look, "not bold")))
     if row.worst:
         got, expected = format_pair(row.worst.got, row.worst.expected)
-        where = ", ".join(str(position) for position in row.worst.index)
-        details.append(
-            _text(
-                f"at ({where}): got {got}, expected {expected}, "
-                f"error {format_number(row.worst.error)}, bound {format_number(row.worst.bound)}",
-                look,
-            )
-        )
+        where = f"at {format_index(row.worst.index)}: " if row.worst.index else ""
+        error, bound = format_number(row.worst.error), format_number(row.worst.bound)
+        details.append(_text(f"{where}got {got}, expected {expected}, error {error}, bound {bound}", look))
     if row.reason:
         details.append(_text(row.reason, look))
     return Group(_label(row.verdict, describe(row), look), *map(_indented, details), *_rerun(row, look))
@@ -189,7 +182,10 @@ def _coverage(results: Sequence[CheckResult], look: Look) -> list[RenderableType
             methods = covered.setdefault(format_checked(row.checked), [])
             if method_of(row) not in methods:
                 methods.append(method_of(row))
-    return [_text(f"covered: {amount} by {several(names)}", look, "dim") for amount, names in covered.items()]
+    return [
+        _text(f"covered: {amount} by {several(names, shown=_MOST_METHODS)}", look, "dim")
+        for amount, names in covered.items()
+    ]
 
 
 def _verdict_line(report: Report, look: Look) -> Text:

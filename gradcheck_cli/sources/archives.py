@@ -46,9 +46,7 @@ def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
             _check_members(archive.infolist(), source)
             yield archive
     except _DAMAGE as error:
-        raise SoftcheckError(
-            f"{source.origin}: a damaged or truncated zip archive: {first_line(error)}"
-        ) from error
+        raise SoftcheckError(f"{source.origin}: a damaged or truncated zip archive: {first_line(error)}") from error
 
 
 def member_names(source: Source) -> list[str]:

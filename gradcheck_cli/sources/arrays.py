@@ -96,9 +96,7 @@ def _plain(tensor: torch.Tensor, origin: str) -> torch.Tensor:
     if tensor.layout is not torch.strided:
         raise SoftcheckError(f"{origin}: a sparse tensor ({tensor.layout})", hint="save tensor.to_dense()")
     if tensor.device.type != "cpu":
-        raise SoftcheckError(
-            f"{origin}: a tensor on the {tensor.device.type!r} device, which holds no values here"
-        )
+        raise SoftcheckError(f"{origin}: a tensor on the {tensor.device.type!r} device, which holds no values here")
     plain = tensor.detach().resolve_conj().resolve_neg()
     if type(plain) is not torch.Tensor:
         raise SoftcheckError(

@@ -17,9 +17,7 @@ from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.wording import first_line
 
 _OURS = str(Path(__file__).parent)
-_INSTALLED = tuple(
-    sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")
-)
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def import_file(path: Path, *, label: str) -> ModuleType:

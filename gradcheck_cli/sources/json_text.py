@@ -43,9 +43,7 @@ def _parse(source: Source) -> object:
         return members
 
     try:
-        tree: object = json.loads(
-            decode(source), object_pairs_hook=unique, parse_float=_real, parse_int=_integer
-        )
+        tree: object = json.loads(decode(source), object_pairs_hook=unique, parse_float=_real, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise SoftcheckError(
             f"{source.origin}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"

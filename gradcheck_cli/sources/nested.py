@@ -74,9 +74,7 @@ def _collect(
         )
     if len(value) != shape[depth]:
         first = "[0]" * depth
-        raise SoftcheckError(
-            f"{origin}: ragged: {_name(path)} has {len(value)} entries, {first} has {shape[depth]}"
-        )
+        raise SoftcheckError(f"{origin}: ragged: {_name(path)} has {len(value)} entries, {first} has {shape[depth]}")
     if depth == len(shape) - 1 and set(map(type, value)) == {float}:
         flat.extend(value)
         return

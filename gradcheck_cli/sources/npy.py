@@ -121,9 +121,7 @@ def _header(stream: IO[bytes], origin: str) -> _Header:
     try:
         version = np.lib.format.read_magic(stream)
     except ValueError as error:
-        raise SoftcheckError(
-            f"{origin}: not a .npy file: it does not start with the magic \\x93NUMPY"
-        ) from error
+        raise SoftcheckError(f"{origin}: not a .npy file: it does not start with the magic \\x93NUMPY") from error
     if version == (3, 0):
         raise SoftcheckError(f"{origin}: stores structured records (.npy version 3.0), not numbers")
     if version not in _HEADER_READERS:

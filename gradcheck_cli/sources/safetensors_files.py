@@ -23,9 +23,7 @@ def read_safetensors(source: Source, key: str | None) -> RawArray:
         names: Iterable[str], shape: Callable[[str], Iterable[int]], tensor: Callable[[str], torch.Tensor]
     ) -> RawArray:
         name = choose_key(sorted(names), key, origin=source.origin, shape=lambda name: str(tuple(shape(name))))
-        return RawArray(
-            array=tensor(name).clone(), origin=source.origin if key is None else f"{source.origin}:{name}"
-        )
+        return RawArray(array=tensor(name).clone(), origin=source.origin if key is None else f"{source.origin}:{name}")
 
     package = _package(source.origin)
     try:

@@ -112,9 +112,7 @@ def _file_module(place: str, *, label: str) -> ModuleType:
     if not file.is_file():
         raise SoftcheckError(f"{place}: is a folder or device, not a Python file", hint=_FORMS)
     if file.suffix == ".ipynb":
-        raise SoftcheckError(
-            f"{place}: a notebook, not Python source", hint="export it: jupyter nbconvert --to script"
-        )
+        raise SoftcheckError(f"{place}: a notebook, not Python source", hint="export it: jupyter nbconvert --to script")
     return import_file(file, label=label)
 
 

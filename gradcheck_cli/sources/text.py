@@ -84,9 +84,7 @@ def _table(source: Source) -> tuple[_Table, tuple[str, ...]]:
     """The data lines without a header, and the note that says so."""
     origin = source.origin
     stripped = enumerate((line.strip("\n ") for line in io.StringIO(decode(source), newline=None)), start=1)
-    lines = [
-        (number, line) for number, line in stripped if line.strip() and not line.lstrip().startswith("#")
-    ]
+    lines = [(number, line) for number, line in stripped if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise SoftcheckError(f"{origin}: holds no numbers, only blank lines and comments")
     table = _Table(lines=lines, delimiter=_delimiter(source.suffix, lines[0][1]), origin=origin)
@@ -128,8 +126,7 @@ def _values(table: _Table, convert: Callable[[str], float], typecode: str) -> np
         first = first or (number, len(cells))
         if len(cells) != first[1]:
             raise SoftcheckError(
-                f"{table.origin}: ragged: line {number} has {len(cells)} cells, "
-                f"line {first[0]} has {first[1]}"
+                f"{table.origin}: ragged: line {number} has {len(cells)} cells, line {first[0]} has {first[1]}"
             )
         values.extend(map(convert, cells))
     return np.array(values)
@@ -159,9 +156,7 @@ def _is_number(cell: str, parse: Callable[[str], float] = float) -> bool:
 
 def _bad_cell(table: _Table) -> SoftcheckError:
     """The error for the first cell that is no number."""
-    places = (
-        (row, column, cell) for row, cells in table.rows() for column, cell in enumerate(cells, start=1)
-    )
+    places = ((row, column, cell) for row, cells in table.rows() for column, cell in enumerate(cells, start=1))
     line, column, cell = next(place for place in places if not _is_number(place[2], _real))
     where = f"{table.origin}: line {line}, column {column}"
     if not cell.strip():

@@ -49,9 +49,7 @@ def _floating(tensor: torch.Tensor, origin: str, *, wanted: torch.dtype | None) 
     if tensor.dtype in SCORE_DTYPES:
         return tensor
     if tensor.is_complex():
-        raise SoftcheckError(
-            f"{origin}: complex scores ({dtype_name(tensor.dtype)}); softmax needs real ones"
-        )
+        raise SoftcheckError(f"{origin}: complex scores ({dtype_name(tensor.dtype)}); softmax needs real ones")
     if tensor.is_floating_point() and wanted is None:
         raise SoftcheckError(
             f"{origin}: {dtype_name(tensor.dtype)} scores cannot be checked as they are",

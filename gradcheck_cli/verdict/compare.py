@@ -72,16 +72,29 @@ class EntryComparison:
         self._bound_right = torch.cat([bound.right, torch.ones_like(bound.right[:, :1])], dim=-2)
         self._buffers: dict[str, Tensor] = {}
 
-    def update(self, tile: Tensor, *, first: int, lines: "slice | Tensor", bar: Tensor | None = None) -> None:
+    def update(
+        self,
+        tile: Tensor,
+        *,
+        first: int,
+        lines: "slice | Tensor",
+        bar: Tensor | None = None,
+        scale: float = 1.0,
+        bar_is_bound: bool = False,
+    ) -> None:
         """Take in lines of blocks first … first+b; `bar` is the method's own error, if it has one.
 
-        `lines` is a slice of neighbours, the same for every block, or an index tensor [b, l].
+        `lines` is a slice of neighbours, the same for every block, or an index tensor [b, l]. See `Lines` for
+        `scale` and `bar_is_bound`.
         """
         factors = _Factors(slice(first, first + tile.shape[0]), lines)
-        error = self._error(tile, factors)
-        width = self._width(tile.shape, factors)
-        if bar is not None:
-            width.add_(bar)
+        error = self._error(tile, factors, scale)
+        if bar is not None and bar_is_bound:
+            width = bar
+        else:
+            width = self._width(tile.shape, factors)
+            if bar is not None:
+                width.add_(bar)
         ratio = error.div_(width)
         if self._reference.defined is not None:
             ratio.masked_fill_(~self._defined(factors), 0.0)
@@ -90,14 +103,15 @@ class EntryComparison:
         if self.worst is None or largest > self.worst.ratio:
             self._remember(ratio, width, factors)
 
-    def _error(self, tile: Tensor, factors: "_Factors") -> Tensor:
+    def _error(self, tile: Tensor, factors: "_Factors", scale: float) -> Tensor:
         if tile.dtype != torch.float64:
             tile = self._buffer("error", tile.shape, tile.device).copy_(tile)
         diagonal = self._reference.diagonal
         if diagonal is not None:
-            own = factors.diagonal(tile) - factors.of(diagonal.hi) - factors.of(diagonal.lo)
+            own = factors.diagonal(tile) * scale - factors.of(diagonal.hi) - factors.of(diagonal.lo)
         for left, right in self._terms:
-            torch.baddbmm(tile, factors.of(left), right[factors.blocks], alpha=-1, out=tile)
+            torch.baddbmm(tile, factors.of(left), right[factors.blocks], beta=scale, alpha=-1, out=tile)
+            scale = 1.0
         if diagonal is not None:
             factors.set_diagonal(tile, own)
         return tile

@@ -41,12 +41,16 @@ class Lines:
     """Computed derivatives and, for a method that knows its own error, that error in the same shape.
 
     `values` is a tile [count, lines, entries], or a product with a direction [blocks, size]; `direction` is the
-    one that was really taken, where a method had to round what it was given.
+    one that was really taken, where a method had to round what it was given. The derivatives of a tile are
+    `scale` times `values`: multiplying them here would cost a pass over memory. `bar_is_bound` says that the bar
+    is so much wider than the rounding of the dtype that it stands alone.
     """
 
     values: Tensor
     bar: Tensor | None = None
     direction: Tensor | None = None
+    scale: float = 1.0
+    bar_is_bound: bool = False
 
 
 Compute = Callable[[Tile], Lines]
@@ -105,7 +109,14 @@ def compare_all(
         for tile in _shared(queue):
             lines = compute(tile)
             place = slice(tile.start, tile.stop)
-            comparison.update(lines.values, first=tile.first, lines=place, bar=lines.bar)
+            comparison.update(
+                lines.values,
+                first=tile.first,
+                lines=place,
+                bar=lines.bar,
+                scale=lines.scale,
+                bar_is_bound=lines.bar_is_bound,
+            )
             advance(tile.count * tile.lines)
         return comparison.worst
 

@@ -167,9 +167,7 @@ HOSTILE_REPORT = report(
         reason=HOSTILE,
         rerun=f"softcheck model {HOSTILE!r}",
     ),
-    failing(
-        name="block." * 200 + "weight", diagnosis=Diagnosis(code="[code]", message="m" * 300 + " \x1b[2J")
-    ),
+    failing(name="block." * 200 + "weight", diagnosis=Diagnosis(code="[code]", message="m" * 300 + " \x1b[2J")),
     row(name="x" * 130, method=NON_LATIN, verdict=Verdict.SKIPPED, reason=HOSTILE),
     subject=f"softmax at {HOSTILE}",
     facts=(("[b]label[/b]", HOSTILE), ("path", "/very/long" * 30)),

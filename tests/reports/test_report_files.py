@@ -90,9 +90,7 @@ try:
 except SoftcheckError as error:
     print(error.message)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert list(tmp_path.iterdir()) == [path]
     if size > 100:
         assert run.stdout == f"cannot write {str(path)!r}: File too large\n"

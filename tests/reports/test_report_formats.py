@@ -4,7 +4,18 @@ import json
 import math
 
 import pytest
-from report_samples import BROKEN, EMPTY, FAILING, HOSTILE, HOSTILE_REPORT, MANY, NOT_FINITE, PASSING, SAMPLES
+from report_samples import (
+    BROKEN,
+    EMPTY,
+    FAILING,
+    HOSTILE,
+    HOSTILE_REPORT,
+    MANY,
+    NOT_FINITE,
+    PASSING,
+    SAMPLES,
+    report,
+)
 
 from gradcheck_cli.reports.concise import render_concise
 from gradcheck_cli.reports.escape import escape
@@ -150,3 +161,8 @@ def test_escape():
     assert escape("a\x1b[0m\n\u202eb\udc80") == r"a\x1b[0m\n\u202eb\udc80"
     assert escape("a\nb\tc", keep="\n") == "a\nb\\tc"
     assert escape("−1 ≤ é", unicode=False) == r"-1 <= \xe9"
+
+
+def test_a_number_that_strict_json_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render_json(report(environment={"rate": math.nan}))

@@ -45,9 +45,7 @@ def test_golden(case):
 
 
 def test_no_golden_file_is_left_over(request):
-    cases = {
-        item.callspec.params["case"] for item in request.session.items if item.originalname == "test_golden"
-    }
+    cases = {item.callspec.params["case"] for item in request.session.items if item.originalname == "test_golden"}
     if len(cases) < 10:
         pytest.skip("only some golden tests were selected")
     assert {path.stem for path in GOLDEN.iterdir()} == cases

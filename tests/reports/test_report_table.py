@@ -22,7 +22,7 @@ from report_samples import (
 from rich.cells import cell_len
 
 from gradcheck_cli.reports.table import render_table
-from gradcheck_cli.results import Picture, Verdict
+from gradcheck_cli.results import Mismatch, Picture, Verdict
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WIDTHS = (60, 80, 120)
@@ -89,9 +89,7 @@ def test_the_environment_changes_nothing(monkeypatch):
     expected = [render_table(PASSING, width=100, color=color, unicode=True) for color in (True, False)]
     for name, value in {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1", "FORCE_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert [
-        render_table(PASSING, width=100, color=color, unicode=True) for color in (True, False)
-    ] == expected
+    assert [render_table(PASSING, width=100, color=color, unicode=True) for color in (True, False)] == expected
 
 
 @pytest.mark.parametrize("sample", [FAILING, BROKEN, HOSTILE_REPORT])
@@ -128,9 +126,7 @@ def test_a_line_break_in_a_name_cannot_forge_a_row():
 
 
 def test_the_command_to_run_again_can_be_copied():
-    command = (
-        "softcheck jacobian 'my scores.npy' --key " + "layers.0." * 30 + "weight --seed 0 " + "--axis -1 " * 9
-    )
+    command = "softcheck jacobian 'my scores.npy' --key " + "layers.0." * 30 + "weight --seed 0 " + "--axis -1 " * 9
     text = render_table(report(failing(rerun=command)), width=60, color=False, unicode=True)
     lines = text.split("rerun: ")[1].split("\n\n")[0].split("\n")
     assert len(lines) == 4
@@ -153,9 +149,7 @@ def test_the_worst_of_many_failures_are_explained():
 
 def test_a_failure_without_a_ratio_counts_as_the_worst():
     rows = [failing(name=f"row {k}", ratio=float(k)) for k in range(30)]
-    text = render_table(
-        report(*rows, failing(name="odd", ratio=math.nan)), width=80, color=False, unicode=True
-    )
+    text = render_table(report(*rows, failing(name="odd", ratio=math.nan)), width=80, color=False, unicode=True)
     assert text.index("✗ FAIL  odd") < text.index("✗ FAIL  row 29")
 
 
@@ -206,3 +200,17 @@ def test_a_wide_matrix_is_shown_in_bands():
     text = render_table(report(pictures=(picture,)), width=60, color=False, unicode=True)
     assert all(f"  {k}" in text for k in range(30))
     assert "0.2900" in text
+
+
+def test_a_place_without_numbers_is_left_out():
+    nowhere = Mismatch(index=(), got=1.0, expected=0.0, error=1.0, bound=0.0)
+    for width in WIDTHS:
+        text = render_table(report(failing(worst=nowhere)), width=width, color=False, unicode=True)
+        assert "()" not in text
+        assert "    got 1, expected 0, error 1, bound 0" in text
+
+
+def test_an_ordinary_report_has_one_line_for_each_check_at_120():
+    text = render_table(replace(FAILING, pictures=()), width=120, color=False, unicode=True)
+    assert "framework" in text
+    assert "? inconclusive" in text

@@ -214,9 +214,7 @@ def test_what_the_module_prints_goes_to_stderr(capsys):
 
 @pytest.mark.parametrize("spec", ["mine.py", "mine.py:", "mine", "mine:"])
 def test_a_lone_function_is_suggested_without_importing(spec):
-    write(
-        "mine.py", "raise SystemExit('imported')\ndef _private(): pass\ndef softmax(x): pass\nclass C: pass\n"
-    )
+    write("mine.py", "raise SystemExit('imported')\ndef _private(): pass\ndef softmax(x): pass\nclass C: pass\n")
     error = refused(spec)
     assert "names no attribute" in error.message
     assert error.hint == f"did you mean {spec.rstrip(':')}:softmax?"
@@ -365,10 +363,7 @@ def test_an_interrupt_passes_through(spec):
 
 def test_an_attribute_that_raises_is_reported(folder):
     write("mine.py", "def __getattr__(name):\n    raise OSError('no network')\n")
-    assert (
-        refused("mine.py:f").message
-        == f"mine.py:f: looking it up raised OSError: no network at {folder}/mine.py:2"
-    )
+    assert refused("mine.py:f").message == f"mine.py:f: looking it up raised OSError: no network at {folder}/mine.py:2"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
@@ -380,8 +375,6 @@ def test_a_fifo_is_refused(folder):
 @pytest.mark.parametrize(("module", "heavy"), [("targets", False), ("scores", True)])
 def test_targets_import_neither_numpy_nor_torch(module, heavy):
     """The second case proves that the first can fail."""
-    code = (
-        f"import sys, gradcheck_cli.sources.{module}; print('numpy' in sys.modules or 'torch' in sys.modules)"
-    )
+    code = f"import sys, gradcheck_cli.sources.{module}; print('numpy' in sys.modules or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == str(heavy)

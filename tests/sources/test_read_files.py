@@ -36,9 +36,7 @@ CONTENTS = {
     Format.JSON: b"[1.0, -2.0, 0.5]",
     Format.TEXT: b"1.0, -2.0, 0.5",
 }
-LEGACY = stored_by(
-    lambda stream: torch.save(torch.tensor(VALUES), stream, _use_new_zipfile_serialization=False)
-)
+LEGACY = stored_by(lambda stream: torch.save(torch.tensor(VALUES), stream, _use_new_zipfile_serialization=False))
 
 
 @pytest.mark.parametrize(("form", "content"), [*CONTENTS.items(), (Format.TORCH, LEGACY)])
@@ -97,9 +95,7 @@ def test_a_key_works_through_a_pipe(pipe):
 
 def test_errors_name_standard_input(pipe, refusal):
     pipe(b"1,nan")
-    assert refusal("-", names="<stdin>").message.startswith(
-        "<stdin>: value at index (1,), line 1, column 2 is nan"
-    )
+    assert refusal("-", names="<stdin>").message.startswith("<stdin>: value at index (1,), line 1, column 2 is nan")
 
 
 def test_a_second_read_of_standard_input_says_why_it_is_empty(pipe, refusal):
@@ -209,9 +205,7 @@ def test_a_link_to_a_file_is_followed(tmp_path):
     assert read_scores(str(tmp_path / "a.npy")).tensor.tolist() == VALUES
 
 
-@pytest.mark.parametrize(
-    "suffix", [".npy", ".npz", ".csv", ".tsv", ".txt", ".json", ".pt", ".safetensors", ""]
-)
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".tsv", ".txt", ".json", ".pt", ".safetensors", ""])
 @pytest.mark.parametrize("reader", [read_array, read_scores])
 def test_an_empty_file_is_refused(tmp_path, refusal, suffix, reader):
     (tmp_path / f"a{suffix}").write_bytes(b"")
@@ -222,9 +216,7 @@ def test_a_folder_is_refused(tmp_path, refusal):
     assert "is a folder" in refusal(tmp_path).message
 
 
-@pytest.mark.parametrize(
-    ("path", "shown"), [("", "the path is empty"), ("a\0b", r"a\x00b"), ("x" * 5000, "too long")]
-)
+@pytest.mark.parametrize(("path", "shown"), [("", "the path is empty"), ("a\0b", r"a\x00b"), ("x" * 5000, "too long")])
 def test_impossible_paths_are_refused(refusal, path, shown):
     assert shown in refusal(path, names="").message
 

@@ -120,9 +120,7 @@ def test_a_key_may_pick_a_number_for_an_array(tmp_path):
 
 def test_keys_are_listed_and_suggested(tmp_path, refusal):
     path = written(tmp_path, json.dumps({"logits": [1.0, 2.0], "mask": [[1, 0]]}))
-    assert (
-        refusal(path).message == f"{path}: holds 2 arrays, so a key must pick one: logits (2,), mask (1, 2)"
-    )
+    assert refusal(path).message == f"{path}: holds 2 arrays, so a key must pick one: logits (2,), mask (1, 2)"
     assert refusal(path, key="logit").hint == "did you mean logits?"
 
 

@@ -180,7 +180,7 @@ def test_tensors_without_plain_memory_are_refused(tmp_path, refusal):
 @pytest.mark.parametrize("reader", [read_array, read_scores])
 @pytest.mark.parametrize("zipped", FORMS)
 @pytest.mark.parametrize("name", ["a.pt", "a"])
-def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, refusal, bomb, zipped, name, reader):
+def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, refusal, any_size, bomb, zipped, name, reader):
     path = saved(tmp_path, {"a": torch.ones(2), "b": bomb}, name=name, zipped=zipped)
     error = refusal(path, reader=reader)
     assert not bomb.marker.exists()
@@ -235,9 +235,7 @@ def test_the_oldest_form_a_tar_archive_is_refused(tmp_path, refusal):
     assert "tar archive" in refusal(tmp_path / "a.pt").message
 
 
-@pytest.mark.parametrize(
-    ("count", "which"), [(10**12, 0), (10**12, 1), (10**6, 2), (-3, 0), (-3, 1), (10, 0), (10, 2)]
-)
+@pytest.mark.parametrize(("count", "which"), [(10**12, 0), (10**12, 1), (10**6, 2), (-3, 0), (-3, 1), (10, 0), (10, 2)])
 def test_a_lie_about_a_size_is_refused(tmp_path, refusal, any_size, count, which):
     """Declares `count` elements for the storage (0), the tensor (1) or both (2); the record has six."""
     path = saved(tmp_path, torch.arange(6.0))
