@@ -61,7 +61,7 @@ class CheckResult:
     `check` says what was compared ("forward", "derivative" or "structure"), `method` how it was computed and
     `reference` against what. `bound`, `max_error` and `ratio` (error/bound) belong to the entry with the
     largest ratio; `detectable` is the smallest relative error that this run would have called a failure.
-    `framework`, `device` and `dtype` name what really ran. `seconds` is wall time.
+    `backend` (the framework), `device` and `dtype` name what really ran. `seconds` is wall time.
     """
 
     name: str

@@ -19,7 +19,15 @@ from gradcheck_cli.verdict.compare import (
     detectable_entries,
     detectable_ratio,
 )
-from gradcheck_cli.verdict.stream import CPU_TILE, Lines, LineSource, Tile, compare_all
+from gradcheck_cli.verdict.stream import (
+    CPU_TILE,
+    SMALL_ARRAY,
+    Lines,
+    LineSource,
+    Tile,
+    compare_all,
+    one_thread_per_kernel,
+)
 
 Operator = Callable[[Tensor], Lines]
 """A direction [blocks, size] in float64 -> the product with the Jacobian [blocks, size], and the method's own error."""
@@ -100,6 +108,10 @@ class CandidateCheck:
 
     def run(self, coverage: Coverage) -> CheckResult:
         """The row: entries where they are affordable, and always some probes."""
+        with one_thread_per_kernel(when=self._problem.scores.numel() <= SMALL_ARRAY):
+            return self._run(coverage)
+
+    def _run(self, coverage: Coverage) -> CheckResult:
         started = time.perf_counter()
         total = self._reference.left.shape[0] * self._reference.outputs * self._reference.inputs
         work = total if not self._candidate.by_column else total * self._line_cost()

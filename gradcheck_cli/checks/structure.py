@@ -14,6 +14,7 @@ from gradcheck_cli.functions.reference import JacobianReference, Product, Roundi
 from gradcheck_cli.problem import Problem
 from gradcheck_cli.results import CheckResult, Mismatch, Verdict
 from gradcheck_cli.verdict.compare import Worst, compare_product
+from gradcheck_cli.verdict.stream import SMALL_ARRAY, one_thread_per_kernel
 
 Law = Callable[[], tuple[Worst, tuple[int, ...]]]
 """Measures a law: the largest deviation in units of its bound, and its place."""
@@ -34,6 +35,10 @@ class StructureCheck:
 
     def run(self) -> Iterator[CheckResult]:
         """One result per law that applies to the function."""
+        with one_thread_per_kernel(when=self._problem.scores.numel() <= SMALL_ARRAY):
+            yield from list(self._laws())
+
+    def _laws(self) -> Iterator[CheckResult]:
         name = self._problem.function.name
         if name == "softmax":
             yield self._timed("columns of J sum to 0", "rows of J sum to 0", self._constant_direction)

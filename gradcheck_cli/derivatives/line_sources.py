@@ -198,13 +198,9 @@ class TextbookLoop(Unscoped):
             for offset in range(tile.count):
                 block = tile.first + offset
                 if self._in_numpy:
-                    _visit(
-                        blocks.function.closed_form(scores[block].numpy(), block), lines[offset], tile.start
-                    )
+                    _visit(blocks.function.closed_form(scores[block].numpy(), block), lines[offset], tile.start)
                 else:
-                    _visit(
-                        blocks.function.closed_form(blocks.scores[block], block), lines[offset], tile.start
-                    )
+                    _visit(blocks.function.closed_form(blocks.scores[block], block), lines[offset], tile.start)
             return Lines(lines)
 
         return compute

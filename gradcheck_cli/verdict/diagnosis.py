@@ -5,6 +5,7 @@ gradient g. A formula explains A when every entry agrees within the rounding tha
 near-uniform scores, where formulas coincide, give several explanations and never a single wrong name.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -87,8 +88,7 @@ class _Formula:
 class _Case:
     """The evidence as A [n, m], with what the formulas need.
 
-    `unit` is the unit roundoff, `roundoff` the relative rounding of each entry's s_i·s_j (s_i where there is
-    one output), `collision` the sum of s², `mass` the sum of y, and `scale` what the right
+    `unit` is the unit roundoff, `top` the largest s, `collision` the sum of s², `mass` the sum of y, and `scale` what the right
     formula must be multiplied by to give `want` (1/T and the reduction; NaN where nothing does).
     """
 
@@ -99,7 +99,7 @@ class _Case:
     s: Tensor
     y: Tensor
     unit: float
-    roundoff: Tensor
+    top: float
     classes: int
     collision: float
     mass: float
@@ -114,6 +114,13 @@ class _Case:
         return self.got.shape[0] == self.got.shape[1] == self.s.numel()
 
     @property
+    def roundoff(self) -> Tensor:
+        """Relative rounding of s_i·s_j, of s_i for one output: u (4 + log2 n + d_i + d_j) (see DESIGN.md)."""
+        gap = (self.top / self.s).log().where(self.s > 0, 0.0)
+        pair = gap[:, None] + gap if self.square else gap[:, None]
+        return self.unit * (4 + math.log2(self.classes) + pair)
+
+    @property
     def offset(self) -> Tensor | None:
         """The response to a zero upstream, if it is more than rounding."""
         vector, limit = self.evidence.zero_vector, self.unit * (4 + math.log2(self.classes))
@@ -121,8 +128,7 @@ class _Case:
 
     def at(self, s: Tensor) -> "_Case":
         """The same case with another softmax."""
-        roundoff = _roundoff(s, unit=self.unit, square=self.square)
-        return replace(self, s=s, roundoff=roundoff, collision=float((s * s).sum()))
+        return replace(self, s=s, top=float(s.max()), collision=float((s * s).sum()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,26 +182,18 @@ def _float64(values: Tensor) -> Tensor:
     return torch.as_tensor(values).detach().to("cpu", torch.float64)
 
 
-def _roundoff(s: Tensor, *, unit: float, square: bool) -> Tensor:
-    """u (4 + log2 n + d_i + d_j), with the distance d of a score from the largest (DESIGN: Blanchard et al.)."""
-    gap = (s.max() / s).log().where(s > 0, 0.0)
-    return unit * (4 + math.log2(s.numel()) + (gap[:, None] + gap if square else gap[:, None]))
-
-
 def _prepare(evidence: Evidence) -> _Case:
     s = _float64(evidence.s)
-    unit = _UNIT_ROUNDOFF.get(evidence.dtype, 2.0**-53)
-    got = _float64(evidence.response).T
     y = torch.zeros_like(s) if evidence.target is None else _float64(evidence.target)
     case = _Case(
         evidence=evidence,
-        got=got,
+        got=_float64(evidence.response).T,
         want=_float64(evidence.expected).T,
         bound=_float64(evidence.bound).T,
         s=s,
         y=y,
-        unit=unit,
-        roundoff=_roundoff(s, unit=unit, square=got.shape == (s.numel(), s.numel())),
+        unit=_UNIT_ROUNDOFF.get(evidence.dtype, 2.0**-53),
+        top=float(s.max()),
         classes=s.numel(),
         collision=float((s * s).sum()),
         mass=float(y.sum()),
@@ -436,12 +434,22 @@ def _factors(case: _Case, model: _Model) -> _Range | None:
 
 
 def _sampled(case: _Case) -> _Case:
-    """The same case on a few indices of a long row, where a formula that fails can be rejected soon."""
+    """The same case on a few indices of a long row, where what does not fit can be rejected soon."""
     if not case.square or case.classes <= 2 * _SAMPLE:
         return case
     index = torch.linspace(0, case.classes - 1, _SAMPLE).long()
-    got, want, bound, roundoff = (part[index][:, index] for part in (case.got, case.want, case.bound, case.roundoff))
-    return replace(case, s=case.s[index], y=case.y[index], got=got, want=want, bound=bound, roundoff=roundoff)
+    got, want, bound = (part[index[:, None], index] for part in (case.got, case.want, case.bound))
+    return replace(case, s=case.s[index], y=case.y[index], got=got, want=want, bound=bound)
+
+
+def _fitting(case: _Case, build: Callable[[_Case], _Model]) -> tuple[_Model, _Range] | None:
+    """The model with the factors that make it explain the response, tried on a sample first."""
+    sample = _sampled(case)
+    if sample is not case and _factors(sample, build(sample)) is None:
+        return None
+    model = build(case)
+    factors = _factors(case, model)
+    return (model, factors) if factors else None
 
 
 def _explanations(case: _Case) -> list[_Finding]:
@@ -461,10 +469,10 @@ def _explanations(case: _Case) -> list[_Finding]:
 
 def _constant_factor(case: _Case) -> Iterator[_Finding]:
     """The right Jacobian times a constant."""
-    model = _true_model(case)
-    factors = _factors(case, model)
-    if factors is None or _needs_no_factor(case, model, factors):
+    fitting = _fitting(case, _true_model)
+    if fitting is None or _needs_no_factor(case, *fitting):
         return
+    model, factors = fitting
     names = _factor_names(case, model, factors)
     rule = _RIGHT[case.evidence.function].rule if case.evidence.function in _RIGHT else "dx = Jᵀ·g"
     detail: dict[str, str | float] = {"formula": _times("c", rule), "factor": factors.best}
@@ -520,16 +528,13 @@ def _number(factors: _Range) -> str:
     return f"{factors.best:.{max(2, math.ceil(-math.log10(width)))}g}"
 
 
-def _models(case: _Case) -> Iterator[tuple[_Formula, _Model]]:
-    """The formulas whose response at g = 0 fits and which a sample of the entries does not rule out."""
-    if math.isnan(case.scale):
-        return
-    sample = _sampled(case)
-    for formula in _FORMULAS[case.evidence.function]:
-        if formula.zero and not _returns_at_zero(case, formula.zero):
-            continue
-        if sample is case or _factors(sample, _model(sample, formula)):
-            yield formula, _model(case, formula)
+def _models(case: _Case) -> Iterator[tuple[_Formula, _Model, _Range]]:
+    """The formulas that explain the response up to a factor, and its part that needs no upstream."""
+    for formula in () if math.isnan(case.scale) else _FORMULAS[case.evidence.function]:
+        if formula.zero == 0 or _returns_at_zero(case, formula.zero):
+            fitting = _fitting(case, lambda c, formula=formula: _model(c, formula))
+            if fitting is not None:
+                yield formula, *fitting
 
 
 def _returns_at_zero(case: _Case, sign: int) -> bool:
@@ -544,8 +549,8 @@ def _plain_formulas(case: _Case) -> list[_Finding]:
     """The formulas as they are; one that also explains the response at g = 0 rules out those that do not."""
     found = [
         (formula.zero, _from_formula(formula, miss=_miss(case, model)))
-        for formula, model in _models(case)
-        if _explains(case, model)
+        for formula, model, factors in _models(case)
+        if 1.0 in factors and _explains(case, model)
     ]
     at_zero = any(zero for zero, _ in found)
     return [finding for zero, finding in found if zero or not at_zero]
@@ -556,11 +561,8 @@ def _combined(case: _Case, *, named: bool) -> list[_Finding]:
     found: list[_Finding] = []
     if case.offset is not None:  # a factor beside a wrong response at g = 0 would be a third cause
         return found
-    for formula, model in _models(case):
-        factors = _factors(case, model)
-        if factors is None or _needs_no_factor(case, model, factors):
-            continue
-        if _explains(replace(case, got=case.want), model):
+    for formula, model, factors in _models(case):
+        if _needs_no_factor(case, model, factors) or _explains(replace(case, got=case.want), model):
             continue
         names = _factor_names(case, model, factors)
         miss = _miss(case, model, factors.best)
@@ -592,9 +594,9 @@ def _named_points(case: _Case) -> Iterator[_Finding]:
             f"{forgotten} is divided by the temperature twice": _sharpened(case.s, 1 / temperature),
         }
     for text, s in points.items():
-        model = _model(case.at(s), right)
-        if _explains(case, model):
-            miss = _miss(case, model)
+        fitting = _fitting(case.at(s), lambda c: _model(c, right))
+        if fitting is not None and 1.0 in fitting[1] and _explains(case, fitting[0]):
+            miss = _miss(case, fitting[0])
             yield _Finding(code="wrong-point", text=text, miss=miss, detail={"formula": right.rule})
 
 
@@ -606,10 +608,11 @@ def _sharpened(s: Tensor, power: float) -> Tensor:
 def _transposed(case: _Case) -> Iterator[_Finding]:
     if not case.square or _explains(replace(case, got=case.want.T), _true_model(case)):
         return
-    model = _Model(value=case.want.T, rounding=case.bound.T)
-    if _explains(case, model):
+    fitting = _fitting(case, lambda c: _Model(value=c.want.T, rounding=c.bound.T))
+    if fitting is not None and 1.0 in fitting[1] and _explains(case, fitting[0]):
         text = "the Jacobian is transposed: J·g came back where Jᵀ·g belongs"
-        yield _Finding(code="transposed", text=text, miss=_miss(case, model), detail={"formula": "dx = J·g"})
+        miss = _miss(case, fitting[0])
+        yield _Finding(code="transposed", text=text, miss=miss, detail={"formula": "dx = J·g"})
 
 
 def _not_comparable(case: _Case) -> Iterator[_Finding]:
@@ -780,6 +783,7 @@ def _is_noise(case: _Case) -> bool:
     """Whether the terms of the right formula, with any coefficients, leave a good part of the error."""
     if math.isnan(case.scale):
         return False
+    case = _sampled(case)
     names = [name for _, name in _RIGHT[case.evidence.function].terms]
     columns = torch.stack([(_TERMS[name](case) / case.bound).flatten() for name in names], dim=1)
     error = (case.error / case.bound).flatten()
@@ -793,7 +797,8 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
     if math.isnan(case.scale) or function not in ("softmax", "log_softmax") or case.classes < 2:
         return
     diagonal = case.got.diagonal() / case.scale
-    points = [(1 - diagonal, torch.ones_like(diagonal))]
+    others = (case.got.sum(dim=1) / case.scale - diagonal) / (case.classes - 1)
+    points = [(-others, torch.ones_like(others))]
     if function == "softmax":  # s·(1 − s) = diagonal has two roots; only the largest s can be above ½
         if not bool((4 * diagonal < 1).all()):
             return
@@ -802,13 +807,16 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
         small = 2 * diagonal / (1 + root)
         points = [(s, 1 / root) for s in (small, torch.where(largest, (1 + root) / 2, small))]
     for s, growth in points:
+        if bool((s < 0).any()):
+            continue
         model = _model(case.at(s), _RIGHT[function])
-        doubt = (case.bound + model.rounding).diagonal() / case.scale * growth
+        allowed = (case.bound + model.rounding) / case.scale
+        doubt = (allowed.diagonal() if function == "softmax" else allowed.roll(1, 1).diagonal()) * growth
         spread = doubt[:, None].expand_as(case.got)
         if function == "softmax":
-            spread = doubt[:, None] * s.abs() + s.abs()[:, None] * doubt + torch.diag(doubt)
-        model = replace(model, rounding=model.rounding + abs(case.scale) * spread)
-        if float(doubt.sum()) < 0.25 and bool((s >= -doubt).all()) and _explains(case, model):
+            spread = doubt[:, None] * s + s[:, None] * doubt + torch.diag(doubt)
+        model = replace(model, rounding=model.rounding + case.scale * spread)
+        if float(doubt.sum()) < 0.25 and _explains(case, model):
             total, change = float(s.sum()), float((s - case.s).abs().max())
             text = f"the formula is right but uses another softmax (stale?), with sum {total:.9g}"
             yield _Finding(code="wrong-point", text=text, detail={"sum": total, "largest_change": change})
@@ -816,27 +824,19 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
 
 
 def _regressed(case: _Case) -> Iterator[_Finding]:
-    """At most three terms with coefficients that no table lists, by least squares and elimination."""
+    """The fewest terms, at most three, that explain the response with coefficients that no table lists."""
     if math.isnan(case.scale):
         return
     sample = _sampled(case)
-    names, coefficients = (
-        _BASIS[case.evidence.function],
-        _least_squares(sample, _BASIS[case.evidence.function]),
-    )
-    while coefficients and len(names) > 1:
-        fewer = [names[:i] + names[i + 1 :] for i in range(len(names))]
-        kept = next((some for some in fewer if _least_squares(sample, some)), None)
-        if kept is None:
-            break
-        names = kept
-    coefficients = _least_squares(case, names)
-    if not coefficients or len(names) > 3 or case.got.numel() < 4 * len(names):
-        return
-    matrix = " + ".join(f"{c:.9g}·{name}" for name, c in zip(names, coefficients, strict=True))
-    matrix = matrix.replace("+ -", "− ").replace("-", "−")
-    text = f"the gradient is dx = A·g with A = {matrix}: a term is missing or has the wrong coefficient"
-    yield _Finding(code="wrong-contraction", text=text, detail={"matrix": matrix})
+    for count in range(1, min(3, case.got.numel() // 4) + 1):
+        for names in itertools.combinations(_BASIS[case.evidence.function], count):
+            coefficients = _least_squares(sample, names) and _least_squares(case, names)
+            if coefficients:
+                matrix = " + ".join(f"{c:.9g}·{name}" for name, c in zip(names, coefficients, strict=True))
+                matrix = matrix.replace("+ -", "− ").replace("-", "−")
+                text = f"the gradient is dx = A·g with A = {matrix}: a term is missing or has a wrong coefficient"
+                yield _Finding(code="wrong-contraction", text=text, detail={"matrix": matrix})
+                return
 
 
 def _least_squares(case: _Case, names: tuple[str, ...]) -> list[float]:

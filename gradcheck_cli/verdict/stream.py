@@ -17,6 +17,9 @@ from gradcheck_cli.verdict.compare import EntryComparison, Worst
 
 CPU_TILE = 1 << 17
 """Float64 entries of a tile: 1 MiB, so that two or three tiles stay in a core's cache (1 to 2 MiB)."""
+SMALL_ARRAY = 1 << 15
+"""Elements up to which torch's own kernels do not use a second thread. Work on several such arrays at once would,
+and waiting for it costs more than it saves (8 to 16 ms a kernel on a busy machine)."""
 DEVICE_TILE = 1 << 24
 """Float64 entries of a tile on an accelerator: 128 MiB, large enough to hide the launches."""
 
@@ -75,13 +78,15 @@ Advance = Callable[[int], None]
 
 def tiles(reference: JacobianReference, size: int) -> Iterator[Tile]:
     """The whole Jacobian in tiles of about `size` entries: several small blocks, or some lines of a large one."""
-    blocks, lines, entries = reference.left.shape[0], reference.outputs, reference.inputs
-    if lines * entries <= size:
-        count = max(1, size // (lines * entries))
+    blocks, lines = reference.left.shape[0], reference.outputs
+    # a method that gives columns holds a copy of all inputs for every line, also where there is one output
+    width = max(lines, reference.inputs) if reference.by_column else reference.inputs
+    if lines * width <= size:
+        count = max(1, size // (lines * width))
         for first in range(0, blocks, count):
             yield Tile(first=first, count=min(count, blocks - first), start=0, stop=lines)
         return
-    step = max(1, size // entries)
+    step = max(1, size // width)
     for first, start in itertools.product(range(blocks), range(0, lines, step)):
         yield Tile(first=first, count=1, start=start, stop=min(start + step, lines))
 
@@ -120,11 +125,10 @@ def compare_all(
             advance(tile.count * tile.lines)
         return comparison.worst
 
-    total = reference.left.shape[0] * reference.outputs * reference.inputs
-    if workers == 1 or total <= CPU_TILE:
+    if workers == 1 or next(iter(tiles(reference, CPU_TILE))).count == reference.left.shape[0]:
         with source.scope():
             return _worst([work()])
-    with source.scope(), _one_thread_per_kernel(), ThreadPoolExecutor(workers) as pool:
+    with source.scope(), one_thread_per_kernel(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
         return _worst([future.result() for future in futures])
 
@@ -152,9 +156,10 @@ _QUEUE_LOCK = threading.Lock()
 
 
 @contextmanager
-def _one_thread_per_kernel() -> Iterator[None]:
+def one_thread_per_kernel(*, when: bool = True) -> Iterator[None]:
+    """Kernels in one thread each, for work that is divided in another way or too small to divide."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if when else threads)
     try:
         yield
     finally:
