@@ -39,8 +39,6 @@ COMPLEX_ENTRIES = 1 << 22
 LOOP_ENTRIES_NUMPY = 1 << 12
 LOOP_ENTRIES_TORCH = 1 << 10
 """A loop that visits entries one by one in Python: 2 and 10 µs each."""
-CALLS = 1 << 12
-"""Products with the whole array, one call each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +156,8 @@ def _loop(context: Context, *, in_numpy: bool) -> "Candidate | CheckResult":
 
 
 def _finite_difference(context: Context) -> "Candidate | CheckResult":
-    if _all_infinite(context):
-        return _skip(context, "finite difference", "torch", "the value is infinite at these scores")
+    if (reason := _no_value(context)) is not None:
+        return _skip(context, "finite difference", "torch", reason)
     return _candidate(
         context,
         "finite difference",
@@ -194,8 +192,8 @@ def _difference_operator(context: Context) -> Operator:
 
 
 def _complex_step(context: Context) -> "Candidate | CheckResult":
-    if _all_infinite(context):
-        return _skip(context, "complex step", "numpy", "the value is infinite at these scores")
+    if (reason := _no_value(context)) is not None:
+        return _skip(context, "complex step", "numpy", reason)
     infinite = infinite_outputs(context.reference)
     scores = context.blocks.scores.cpu().double().numpy()[:, None, :]
 
@@ -223,9 +221,13 @@ def _complex_step(context: Context) -> "Candidate | CheckResult":
     )
 
 
-def _all_infinite(context: Context) -> bool:
-    """Whether no output has a value that a difference could see (a target class that is masked out)."""
-    return not bool(torch.isfinite(context.reference.value.hi).any())
+def _no_value(context: Context) -> str | None:
+    """Why no output has a value whose change could be seen, or None: a masked target class, a masked row in a sum."""
+    if not bool(torch.isfinite(context.reference.value.hi).any()):
+        return "the value is infinite at these scores"
+    if context.problem.layout.shared_output and context.reference.defined is not None:
+        return "the loss is nan: it adds up rows of which one is fully masked"
+    return None
 
 
 def _torch_reverse(context: Context) -> Candidate:
@@ -250,9 +252,11 @@ def _torch_reverse(context: Context) -> Candidate:
     )
 
 
-def _torch_forward(context: Context) -> Candidate:
+def _torch_forward(context: Context) -> "Candidate | CheckResult":
     from torch.autograd import forward_ad
 
+    if (reason := _no_value(context)) is not None:
+        return _skip(context, "forward mode", "torch", reason)
     problem, layout = context.problem, context.problem.layout
 
     def operator(direction: Tensor) -> Lines:
@@ -268,7 +272,6 @@ def _torch_forward(context: Context) -> Candidate:
         "forward mode",
         "torch",
         by_column=True,
-        largest=FAST_ENTRIES if by_tiles else CALLS,
         lines=TorchForward(context.blocks) if by_tiles else None,
         operator=operator,
     )

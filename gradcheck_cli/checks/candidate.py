@@ -32,6 +32,8 @@ from gradcheck_cli.verdict.stream import (
 Operator = Callable[[Tensor], Lines]
 """A direction [blocks, size] in float64 -> the product with the Jacobian [blocks, size], and the method's own error."""
 
+CALL_COST = 1 << 13
+"""A product takes at least as long as computing this many numbers: 50 to 100 µs."""
 PROBES_BESIDE_ENTRIES = 4
 PROBES_ALONE = 16
 _LOCATED_LINES = 32  # lines looked at to name the worst entry after a probe has failed
@@ -114,8 +116,7 @@ class CandidateCheck:
     def _run(self, coverage: Coverage) -> CheckResult:
         started = time.perf_counter()
         total = self._reference.left.shape[0] * self._reference.outputs * self._reference.inputs
-        work = total if not self._candidate.by_column else total * self._line_cost()
-        every = coverage.covers_all(self._candidate, work)
+        every = coverage.covers_all(self._candidate, self._work(total))
         found: list[tuple[Worst, bool]] = []
         detectable = float("inf")
         if every:
@@ -145,9 +146,13 @@ class CandidateCheck:
             vanishes=not bool(_any_slope(self._reference)) and self._problem.layout.length == 1,
         )
 
-    def _line_cost(self) -> int:
-        """Evaluations that one entry costs when a method gives columns of a function with a single output."""
-        return self._reference.outputs if self._reference.inputs == 1 else 1
+    def _work(self, entries: int) -> int:
+        """Numbers that must be computed for all entries: a column of a function with one output costs all scores."""
+        lines = self._reference.left.shape[0] * self._reference.outputs
+        if self._candidate.lines is None:
+            return max(self._reference.outputs * max(self._problem.scores.numel(), CALL_COST), entries)
+        width = self._reference.outputs if self._candidate.by_column else self._reference.inputs
+        return max(lines * width, entries)
 
     @staticmethod
     def _decisive(found: list[tuple[Worst, bool]]) -> tuple[Worst, bool]:

@@ -20,10 +20,10 @@ from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.verdict.compare import compare_product, detectable_ratio
 from gradcheck_cli.verdict.stream import Lines
 
-SUBJECT_ENTRIES = 1 << 25
-"""Entries up to which code under test is checked entry by entry unasked: n = 5792, a call of it per line."""
-DIFFERENCE_ENTRIES = 1 << 12
-"""The same where every line costs a ladder of evaluations."""
+SUBJECT_ENTRIES = 1 << 26
+"""Entries up to which code under test is checked entry by entry unasked: n = 8192, a call of it per line."""
+DIFFERENCE_ENTRIES = 1 << 19
+"""The same where every line costs a ladder of 48 evaluations: up to 64 lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +252,7 @@ def _complex_candidate(
     return candidate
 
 
-COMPLEX_CALLS_ENTRIES = 1 << 20
+COMPLEX_CALLS_ENTRIES = 1 << 23
 
 
 def jacobian_candidate(problem: Problem, subject: Subject) -> Candidate:

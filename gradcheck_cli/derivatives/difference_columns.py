@@ -18,22 +18,24 @@ from gradcheck_cli.functions.softmax import Softmax
 from gradcheck_cli.verdict.stream import Compute, Lines, Tile
 
 THREE_STEPS_UP_TO = 1 << 20
-"""Entries up to which three steps are taken: a bar near 1e-12; above, two steps and a bar near 1e-7."""
+"""Entries up to which three central differences are taken (six evaluations, a bar near 1e-12); above, the
+derivative of a cubic (three evaluations, a bar near 1e-7)."""
 _STEP_OF_THREE = 2.0**-6
-_STEP_OF_TWO = 2.0**-11
+_STEP_OF_LOPSIDED = 2.0**-11
 # Rounding of the values in the result, over the smallest step: D(h), D(h/2), D(h/4) enter the second extrapolation
-# as (1, -20, 64) / 45, D(2h) and D(h) the first as (-1, 4) / 3.
+# as (1, -20, 64) / 45; the values at -h, 0, h, 2h enter the cubic's derivative as (-2, -3, 6, -1) / 6h.
 _NOISE_OF_THREE = (1 / 4 + 20 / 2 + 64) / 45
-_NOISE_OF_TWO = 4 / 3 + 1 / 6
-_EXACT_WIDTH = 1e-12  # relative error of 2h as the width really taken that the bar of two steps does not notice
+_NOISE_OF_LOPSIDED = (2 + 3 + 6 + 1) / 6
+_EXACT_WIDTH = 1e-12  # relative error of h as the step really taken that the bar of the cubic does not notice
 
 
 class DifferenceColumns(Unscoped):
-    """Central differences of torch's own forward value in float64, extrapolated once or twice (Richardson, 1911).
+    """Differences of torch's own forward value in float64.
 
-    The bar of an entry is the last correction of the extrapolation, which is the error estimate of the stage
-    before it, plus the rounding error of the values over the step, added without cancelling. Scores move by a
-    power of two times the temperature, the function's own scale, and the width really taken is the divisor.
+    Small Jacobians take central differences, extrapolated twice (Richardson, 1911), large ones the derivative of a
+    cubic. The bar of an entry is the last correction, which is the error estimate of the stage before it, plus the
+    rounding error of the values over the step, added without cancelling. Scores move by a power of two times the
+    temperature, the function's own scale.
     """
 
     parallel = True
@@ -46,7 +48,7 @@ class DifferenceColumns(Unscoped):
         entries = blocks.scores.numel() * blocks.outputs
         scale = 2.0 ** math.floor(math.log2(blocks.function.temperature))
         self._three = entries <= THREE_STEPS_UP_TO
-        self._step = scale * (_STEP_OF_THREE if self._three else _STEP_OF_TWO)
+        self._step = scale * (_STEP_OF_THREE if self._three else _STEP_OF_LOPSIDED)
         finite = blocks.scores[torch.isfinite(blocks.scores)]
         rounding = float(finite.abs().max()) * 2.0**-53 / self._step if finite.numel() else 0.0
         self._three = self._three or rounding > _EXACT_WIDTH
@@ -58,7 +60,7 @@ class DifferenceColumns(Unscoped):
         def compute(tile: Tile) -> Lines:
             stack.load(tile)
             noise = self._noise[tile.first : tile.first + tile.count, None, :]
-            lines = self._three_steps(stack, noise) if self._three else self._two_steps(stack, noise)
+            lines = self._three_steps(stack, noise) if self._three else self._lopsided(stack, noise)
             if self._infinite is None:
                 return lines
             if lines.bar_is_bound:  # the comparison scales, so the bar must be hidden in its own buffer
@@ -67,16 +69,19 @@ class DifferenceColumns(Unscoped):
 
         return compute
 
-    def _two_steps(self, stack: "_Stack", noise: Tensor) -> Lines:
-        """Both differences times their common width 2h; the comparison divides by it."""
-        wide = stack.raw_difference(2 * self._step, slot=0)
-        narrow = stack.raw_difference(self._step, slot=1)
-        correction = torch.add(narrow, wide, alpha=-0.5, out=wide)  # 2h (D(h) - D(2h))
-        narrow.add_(correction, alpha=1 / 3)
-        over = torch.full_like(noise[:, :, :1], _NOISE_OF_TWO / self._step).expand(-1, narrow.shape[1], -1)
+    def _lopsided(self, stack: "_Stack", noise: Tensor) -> Lines:
+        """The derivative of the cubic through -h, 0, h and 2h; the comparison divides by the width 2h.
+
+        Its last term, (f(2h) - 3 f(h) + 3 f(0) - f(-h)) / 6h, is the error of the central difference and serves
+        as the bar; what it leaves is smaller by the factor h. One evaluation less than two central differences.
+        """
+        below, above, twice = (stack.moved(factor * self._step, slot=k) for k, factor in enumerate((-1, 1, 2)))
+        third = twice.sub_(below).add_(above, alpha=-3).add_(stack.centre, alpha=3)
+        slope = torch.sub(above, below, out=below).add_(third, alpha=-1 / 3)  # 2h f'
+        over = torch.full_like(noise[:, :, :1], _NOISE_OF_LOPSIDED / self._step).expand(-1, slope.shape[1], -1)
         scale = 1 / (2 * self._step)
-        bar = torch.baddbmm(correction.abs_(), over, noise, beta=scale / 3, out=correction)
-        return Lines(narrow, bar, scale=scale, bar_is_bound=True)
+        bar = torch.baddbmm(third.abs_(), over, noise, beta=scale / 3, out=third)
+        return Lines(slope, bar, scale=scale, bar_is_bound=True)
 
     def _three_steps(self, stack: "_Stack", noise: Tensor) -> Lines:
         first = stack.difference(self._step, slot=0)
@@ -106,6 +111,7 @@ class _Stack:
         self._index = torch.empty(0, dtype=torch.int64)
         self._values: list[Tensor] = []
         self._first = 0
+        self._centre: Tensor | None = None
         self.inverse_step = torch.empty(0)
 
     def load(self, tile: Tile) -> None:
@@ -115,23 +121,31 @@ class _Stack:
         if self._shape != shape or self._first != tile.first:
             self._points = rows[:, None, :].expand(shape).clone()
             self._values = [rows.new_empty(*shape[:2], self._blocks.outputs) for _ in range(6)]
-            self._shape, self._first = shape, tile.first
+            self._shape, self._first, self._centre = shape, tile.first, None
         else:
             self._points.scatter_(2, self._index, self._own)
         self._index = unit_lines(tile, device=rows.device)[..., None]
         self._own = rows.gather(1, self._index[..., 0])[..., None]
 
-    def raw_difference(self, step: float, *, slot: int) -> Tensor:
-        """f(x + h e_j) - f(x - h e_j) for every line, in one of three pairs of buffers."""
-        high = self._value(self._own + step, self._values[2 * slot])
-        return high.sub_(self._value(self._own - step, self._values[2 * slot + 1]))
+    @property
+    def centre(self) -> Tensor:
+        """The value at the unmoved scores, [count, 1, outputs], evaluated in the same way."""
+        if self._centre is None:
+            rows = self._blocks.scores[self._first : self._first + self._points.shape[0], None, :]
+            self._centre = self._blocks.function.block_value(rows, self._first)
+        return self._centre
+
+    def moved(self, step: float, *, slot: int) -> Tensor:
+        """f(x + h e_j) for every line, in one of six buffers."""
+        return self._value(self._own + step, self._values[slot])
 
     def difference(self, step: float, *, slot: int) -> Tensor:
-        """The same over the width really taken."""
+        """(f(x + h e_j) - f(x - h e_j)) over the width really taken, in one of three pairs of buffers."""
         width = ((self._own + step) - (self._own - step))[..., 0]
         width = torch.where(torch.isfinite(width), width, 2 * step)  # a masked score stays masked
         self.inverse_step = 2 / width
-        return self.raw_difference(step, slot=slot).mul_((1 / width)[..., None])
+        high = self.moved(step, slot=2 * slot).sub_(self.moved(-step, slot=2 * slot + 1))
+        return high.mul_((1 / width)[..., None])
 
     def _value(self, own: Tensor, out: Tensor) -> Tensor:
         self._points.scatter_(2, self._index, own)

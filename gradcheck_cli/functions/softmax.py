@@ -36,8 +36,9 @@ def row_softmax(row: Row, temperature: float) -> Row:
     if isinstance(scaled, Tensor):
         weights = torch.exp(scaled - scaled.max())
         return weights / weights.sum()
-    exponentials = np.exp(scaled - scaled.max())
-    share: Array = exponentials / exponentials.sum(dtype=accumulator(exponentials.dtype))
+    with np.errstate(invalid="ignore"):  # a fully masked row is nan, as in torch
+        exponentials = np.exp(scaled - scaled.max())
+        share: Array = exponentials / exponentials.sum(dtype=accumulator(exponentials.dtype))
     return share.astype(row.dtype)
 
 

@@ -5,6 +5,7 @@ gradient g. A formula explains A when every entry agrees within the rounding tha
 near-uniform scores, where formulas coincide, give several explanations and never a single wrong name.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -88,8 +89,9 @@ class _Formula:
 class _Case:
     """The evidence as A [n, m], with what the formulas need.
 
-    `unit` is the unit roundoff, `top` the largest s, `collision` the sum of s², `mass` the sum of y, and `scale` what the right
-    formula must be multiplied by to give `want` (1/T and the reduction; NaN where nothing does).
+    `unit` is the unit roundoff, `top` the largest s, `collision` the sum of s², `mass` the sum of y, and
+    `scale` what the right formula must be multiplied by to give `want` (1/T and the reduction; NaN where
+    nothing does).
     """
 
     evidence: Evidence
@@ -189,7 +191,7 @@ def _prepare(evidence: Evidence) -> _Case:
         evidence=evidence,
         got=_float64(evidence.response).T,
         want=_float64(evidence.expected).T,
-        bound=_float64(evidence.bound).T,
+        bound=_float64(evidence.bound).T.clamp_min(torch.finfo(torch.float64).tiny),
         s=s,
         y=y,
         unit=_UNIT_ROUNDOFF.get(evidence.dtype, 2.0**-53),
@@ -417,11 +419,11 @@ def _as_good_as(case: _Case, miss: float) -> float:
 def _factors(case: _Case, model: _Model) -> _Range | None:
     """All factors with which the model explains every entry, None if there are none."""
     tolerance = case.bound + model.rounding
-    weight = 1 / tolerance.clamp_min(float(tolerance.max()) * 1e-60)
+    weight = _weight(tolerance)
     value = model.value * weight
     size = float((value * value).sum())
     best = float((case.got * weight * value).sum()) / size if size > 0 else 0.0
-    if best == 0 or not math.isfinite(best):
+    if size == 0 or not math.isfinite(best):
         return None
     tolerance = case.bound + abs(best) * model.rounding
     used = model.value != 0
@@ -431,6 +433,11 @@ def _factors(case: _Case, model: _Model) -> _Range | None:
     low, high = float((centre - half).max()), float((centre + half).min())
     best = min(max(best, low), high)
     return _Range(low=low, best=best, high=high) if low <= high and _explains(case, model, best) else None
+
+
+def _weight(tolerance: Tensor) -> Tensor:
+    """Weights for least squares that cannot overflow where the tolerance is a subnormal number."""
+    return 1 / tolerance.clamp_min(float(tolerance.max()) * 1e-60)
 
 
 def _sampled(case: _Case) -> _Case:
@@ -492,6 +499,8 @@ def _constant_factor(case: _Case) -> Iterator[_Finding]:
 
 
 def _needs_no_factor(case: _Case, model: _Model, factors: _Range) -> bool:
+    if factors.best == 0:
+        return True
     return 1.0 in factors and _miss(case, model) <= _as_good_as(case, _miss(case, model, factors.best))
 
 
@@ -510,12 +519,12 @@ def _factor_names(case: _Case, model: _Model, factors: _Range) -> tuple[str, ...
         f"1/temperature (1/{temperature:g})": 1 / temperature,
     }
     limit = _as_good_as(case, _miss(case, model, factors.best))
-    names = []
-    for name, value in known.items():
-        for sign, text in ((1, name), (-1, f"−{name}")):
-            if sign * value not in (1.0, *((-1.0,) if name != "1" else ())) and sign * value in factors:
-                names += [text] if _miss(case, model, sign * value) <= limit else []
-    return tuple(names)
+    signed = known | {f"−{name}": -value for name, value in known.items()}
+    return tuple(
+        name
+        for name, value in signed.items()
+        if (abs(value) != 1 or name == "−1") and value in factors and _miss(case, model, value) <= limit
+    )
 
 
 def _times(factor: str, rule: str) -> str:
@@ -532,7 +541,7 @@ def _models(case: _Case) -> Iterator[tuple[_Formula, _Model, _Range]]:
     """The formulas that explain the response up to a factor, and its part that needs no upstream."""
     for formula in () if math.isnan(case.scale) else _FORMULAS[case.evidence.function]:
         if formula.zero == 0 or _returns_at_zero(case, formula.zero):
-            fitting = _fitting(case, lambda c, formula=formula: _model(c, formula))
+            fitting = _fitting(case, functools.partial(_model, formula=formula))
             if fitting is not None:
                 yield formula, *fitting
 
@@ -594,7 +603,7 @@ def _named_points(case: _Case) -> Iterator[_Finding]:
             f"{forgotten} is divided by the temperature twice": _sharpened(case.s, 1 / temperature),
         }
     for text, s in points.items():
-        fitting = _fitting(case.at(s), lambda c: _model(c, right))
+        fitting = _fitting(case.at(s), functools.partial(_model, formula=right))
         if fitting is not None and 1.0 in fitting[1] and _explains(case, fitting[0]):
             miss = _miss(case, fitting[0])
             yield _Finding(code="wrong-point", text=text, miss=miss, detail={"formula": right.rule})
@@ -776,7 +785,7 @@ def _narrower(case: _Case) -> Iterator[_Finding]:
     names = " or ".join(name for name, share in shares.items() if NOISE_FLOOR <= share <= 1)
     if names:
         text = f"the error is noise of the size of rounding in {names}: part of it is computed in that dtype"
-        yield _Finding(code="low-precision", text=text, detail={"dtype": names, "ratio": ratio})
+        yield _Finding(code="low-precision", text=text, detail={"dtype": names})
 
 
 def _is_noise(case: _Case) -> bool:
@@ -785,8 +794,9 @@ def _is_noise(case: _Case) -> bool:
         return False
     case = _sampled(case)
     names = [name for _, name in _RIGHT[case.evidence.function].terms]
-    columns = torch.stack([(_TERMS[name](case) / case.bound).flatten() for name in names], dim=1)
-    error = (case.error / case.bound).flatten()
+    weight = _weight(case.bound)
+    columns = torch.stack([(_TERMS[name](case) * weight).flatten() for name in names], dim=1)
+    error = (case.error * weight).flatten()
     fit = torch.linalg.lstsq(columns, error[:, None], driver="gelsd").solution[:, 0]
     return float((error - columns @ fit).norm() / error.norm()) >= math.sqrt(NOISE_SHARE)
 
@@ -797,7 +807,7 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
     if math.isnan(case.scale) or function not in ("softmax", "log_softmax") or case.classes < 2:
         return
     diagonal = case.got.diagonal() / case.scale
-    others = (case.got.sum(dim=1) / case.scale - diagonal) / (case.classes - 1)
+    others = case.got.clone().fill_diagonal_(0).sum(dim=1) / (case.scale * (case.classes - 1))
     points = [(-others, torch.ones_like(others))]
     if function == "softmax":  # s·(1 − s) = diagonal has two roots; only the largest s can be above ½
         if not bool((4 * diagonal < 1).all()):
@@ -827,9 +837,12 @@ def _regressed(case: _Case) -> Iterator[_Finding]:
     """The fewest terms, at most three, that explain the response with coefficients that no table lists."""
     if math.isnan(case.scale):
         return
-    sample = _sampled(case)
+    sample, basis = _sampled(case), _BASIS[case.evidence.function]
+    # All terms together are ill-conditioned (they lose up to two digits) but rule most responses out at once.
+    if not _least_squares(replace(sample, bound=1e3 * sample.bound), basis):
+        return
     for count in range(1, min(3, case.got.numel() // 4) + 1):
-        for names in itertools.combinations(_BASIS[case.evidence.function], count):
+        for names in itertools.combinations(basis, count):
             coefficients = _least_squares(sample, names) and _least_squares(case, names)
             if coefficients:
                 matrix = " + ".join(f"{c:.9g}·{name}" for name, c in zip(names, coefficients, strict=True))
@@ -843,7 +856,7 @@ def _least_squares(case: _Case, names: tuple[str, ...]) -> list[float]:
     """The coefficients with which these terms explain every entry; none if they do not."""
     terms = torch.stack([case.scale * _TERMS[name](case).expand_as(case.got) for name in names])
     size = FIT_MULTIPLE * case.roundoff * terms.abs()
-    weight = 1 / (case.bound + size.amax(dim=0))
+    weight = _weight(case.bound + size.amax(dim=0))
     columns = (terms * weight).flatten(1).T
     norms = columns.norm(dim=0).clamp_min(1e-300)
     fit = torch.linalg.lstsq(columns / norms, (case.got * weight).flatten()[:, None], driver="gelsd")

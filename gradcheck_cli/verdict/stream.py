@@ -15,8 +15,8 @@ from torch import Tensor
 from gradcheck_cli.functions.reference import JacobianBound, JacobianReference
 from gradcheck_cli.verdict.compare import EntryComparison, Worst
 
-CPU_TILE = 1 << 17
-"""Float64 entries of a tile: 1 MiB, so that two or three tiles stay in a core's cache (1 to 2 MiB)."""
+CPU_TILE = 1 << 18
+"""Float64 entries of a tile: 2 MiB, small enough for the shared cache and large enough to hide the calls."""
 SMALL_ARRAY = 1 << 15
 """Elements up to which torch's own kernels do not use a second thread. Work on several such arrays at once would,
 and waiting for it costs more than it saves (8 to 16 ms a kernel on a busy machine)."""

@@ -1,0 +1,118 @@
+"""Correct functions are never accused, and planted faults always are: the small form of tests/benchmarks/."""
+
+import itertools
+
+import pytest
+import torch
+from tests.battery import DTYPES, VALUES, problem_of, run, scores
+from tests.benchmarks.planted import deviation, in_double, problem_for, verdict_of
+from tests.faults import CORRECT, FAULTS, Fault, scaled
+
+from gradcheck_cli.checks.setup import FUNCTION_NAMES
+from gradcheck_cli.results import CheckResult, Verdict
+
+SIZES = (1, 2, 3, 7, 64)
+NEAR_UNIFORM_AND_NORMAL = ("normal", "near_uniform")
+
+
+def accused(results: list[CheckResult]) -> list[str]:
+    return [
+        f"{result.name} {result.method} {result.backend}: {result.ratio} at {result.worst}"
+        for result in results
+        if result.verdict is Verdict.FAIL
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("function", FUNCTION_NAMES)
+def test_correct_functions_are_never_accused(function: str, values: str, dtype: torch.dtype) -> None:
+    for n in SIZES:
+        results = run(problem_of(scores(values, (n,), dtype, seed=n), function, seed=n))
+        assert accused(results) == []
+        assert any(result.checked is not None for result in results)
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("function", FUNCTION_NAMES)
+def test_every_axis_of_a_batch_is_right(function: str, axis: int) -> None:
+    for dtype, temperature in itertools.product(DTYPES, (1.0, 0.3, 2.5)):
+        x = scores("normal", (4, 6, 5), dtype)
+        results = run(problem_of(x, function, axis=axis, temperature=temperature))
+        assert accused(results) == []
+        assert all(result.verdict is not Verdict.INCONCLUSIVE for result in results)
+
+
+@pytest.mark.parametrize("function", FUNCTION_NAMES)
+def test_a_fully_masked_row_is_left_out_and_the_others_are_checked(function: str) -> None:
+    x = scores("normal", (3, 5), torch.float64)
+    x[1] = -torch.inf
+    results = run(problem_of(x, function, target=torch.tensor([0, 1, 2])) if function == "cross_entropy" else problem_of(x, function))
+    assert accused(results) == []
+    assert any(result.verdict is Verdict.PASS and result.method == "reverse mode" for result in results)
+
+
+@pytest.mark.parametrize("values", NEAR_UNIFORM_AND_NORMAL)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_faults_fail_in_every_dtype_and_both_coverages(fault: Fault, dtype: torch.dtype, values: str) -> None:
+    for function, (n, exhaustive) in itertools.product(fault.functions, ((10, True), (10, False), (512, False))):
+        problem = problem_for(fault, function, scores(values, (2, n), dtype))
+        result = verdict_of(fault.make(function), problem, exhaustive=exhaustive)
+        if result.verdict is Verdict.PASS and result.detectable is not None:
+            assert deviation(fault, function, problem) < 2 * result.detectable, (function, n, exhaustive, result)
+        else:
+            assert result.verdict is Verdict.FAIL, (function, n, exhaustive, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", CORRECT)
+def test_the_right_hand_written_rules_pass(function: str, dtype: torch.dtype) -> None:
+    for values, n, exhaustive in itertools.product(NEAR_UNIFORM_AND_NORMAL, (3, 10, 200), (True, False)):
+        problem = problem_of(scores(values, (2, n), dtype), function)
+        result = verdict_of(CORRECT[function], problem, exhaustive=exhaustive)
+        assert result.verdict is Verdict.PASS, (values, n, exhaustive, result)
+
+
+@pytest.mark.parametrize("exhaustive", [True, False])
+@pytest.mark.parametrize(("dtype", "goal"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
+def test_a_scale_error_as_small_as_promised_fails(dtype: torch.dtype, goal: float, exhaustive: bool) -> None:
+    problem = problem_of(scores("normal", (1000,), dtype))
+    rule = in_double(scaled(1 + goal).make("softmax"))
+    assert verdict_of(rule, problem, exhaustive=exhaustive).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_stated_detectable_error_is_detected(function: str, dtype: torch.dtype) -> None:
+    for values, n, exhaustive in itertools.product(NEAR_UNIFORM_AND_NORMAL, (3, 10, 200), (True, False)):
+        problem = problem_of(scores(values, (n,), dtype), function)
+        stated = verdict_of(CORRECT[function], problem, exhaustive=exhaustive).detectable
+        assert stated is not None
+        for sign in (1, -1):
+            rule = in_double(scaled(1 + sign * 1.01 * stated).make(function))
+            result = verdict_of(rule, problem, exhaustive=exhaustive)
+            assert result.verdict is Verdict.FAIL, (values, n, exhaustive, stated, result)
+
+
+def test_one_wrong_entry_is_found_and_named() -> None:
+    n, place = 40, (7, 23)
+
+    def backward(x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        right = CORRECT["softmax"](x, grad_output)
+        right[place[1]] += 1e-9 * grad_output[place[0]]
+        return right
+
+    result = verdict_of(backward, problem_of(scores("normal", (n,), torch.float64)), exhaustive=True)
+    assert result.verdict is Verdict.FAIL
+    assert result.worst is not None
+    assert result.worst.index == (0, *place)
+    assert result.worst.error == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_saturated_scores_cannot_be_verified_and_say_so() -> None:
+    x = torch.tensor([2000.0, 0.0, -500.0], dtype=torch.float64)
+    results = run(problem_of(x), methods=("torch-reverse",))
+    assert results[0].verdict is Verdict.INCONCLUSIVE
+    assert results[0].reason is not None
+    assert "saturated" in results[0].reason
