@@ -37,8 +37,8 @@ class UserCode:
     """A callable named on the command line, called in one safe way.
 
     Options of the problem (axis or dim, temperature, target, …) are passed by keyword when the signature names
-    them; `takes_upstream` marks a rule backward(x, grad_output). What the code prints goes to stderr; what it raises becomes a SoftcheckError; `sys.exit` cannot end the
-    check.
+    them; `takes_upstream` marks a rule backward(x, grad_output). What the code prints goes to stderr; what it
+    raises becomes a SoftcheckError; `sys.exit` cannot end the check.
     """
 
     call: Callable[..., object]
@@ -55,10 +55,8 @@ class UserCode:
             raise SoftcheckError(f"{self.label} called sys.exit({stop.code!r})") from stop
         except (KeyboardInterrupt, MemoryError, SoftcheckError, NotImplementedError):
             raise
-        except Exception as problem:  # noqa: BLE001 - the user's code may raise anything
-            raise SoftcheckError(
-                f"{self.label} raised {describe(problem)}", hint=_signature_hint(problem)
-            ) from problem
+        except Exception as problem:  # the user's code may raise anything
+            raise SoftcheckError(f"{self.label} raised {describe(problem)}", hint=_signature_hint(problem)) from problem
 
 
 def describe(problem: BaseException) -> str:
@@ -77,14 +75,10 @@ def _is_ours(filename: str) -> bool:
 def _signature_hint(problem: BaseException) -> str | None:
     if isinstance(problem, TypeError) and "argument" in str(problem):
         return "forms: --impl f(x), --backward backward(x, grad_output), --jacobian jacobian(x)"
-    return (
-        "code that works on torch tensors needs --backend torch" if isinstance(problem, TypeError) else None
-    )
+    return "code that works on torch tensors needs --backend torch" if isinstance(problem, TypeError) else None
 
 
-def user_code(
-    target: object, *, label: str, available: Mapping[str, object], takes_upstream: bool = False
-) -> UserCode:
+def user_code(target: object, *, label: str, available: Mapping[str, object], takes_upstream: bool = False) -> UserCode:
     """The callable with those of the available options that its signature names; SoftcheckError if not callable."""
     if inspect.isclass(target) and hasattr(target, "apply") and hasattr(target, "backward"):
         target = target.apply  # a torch.autograd.Function is called through apply
@@ -106,7 +100,5 @@ def available_options(problem: Problem) -> dict[str, object]:
 
 def with_native_options(code: UserCode, native: Callable[[Tensor], object]) -> UserCode:
     """The same code with the tensors among its options as arrays of its own framework."""
-    options = {
-        name: native(value) if isinstance(value, Tensor) else value for name, value in code.options.items()
-    }
+    options = {name: native(value) if isinstance(value, Tensor) else value for name, value in code.options.items()}
     return replace(code, options=options)

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from tests.battery import DTYPES, VALUES, problem_of, run, scores
-from tests.benchmarks.planted import deviation, in_double, problem_for, verdict_of
-from tests.faults import CORRECT, FAULTS, Fault, scaled
 
 from gradcheck_cli.checks.setup import FUNCTION_NAMES
 from gradcheck_cli.results import CheckResult, Verdict
+from tests.battery import DTYPES, VALUES, problem_of, run, scores
+from tests.benchmarks.planted import deviation, in_double, problem_for, verdict_of
+from tests.faults import CORRECT, FAULTS, Fault, scaled
 
 SIZES = (1, 2, 3, 7, 64)
 NEAR_UNIFORM_AND_NORMAL = ("normal", "near_uniform")
@@ -47,7 +47,11 @@ def test_every_axis_of_a_batch_is_right(function: str, axis: int) -> None:
 def test_a_fully_masked_row_is_left_out_and_the_others_are_checked(function: str) -> None:
     x = scores("normal", (3, 5), torch.float64)
     x[1] = -torch.inf
-    results = run(problem_of(x, function, target=torch.tensor([0, 1, 2])) if function == "cross_entropy" else problem_of(x, function))
+    results = run(
+        problem_of(x, function, target=torch.tensor([0, 1, 2]))
+        if function == "cross_entropy"
+        else problem_of(x, function)
+    )
     assert accused(results) == []
     assert any(result.verdict is Verdict.PASS and result.method == "reverse mode" for result in results)
 

@@ -37,11 +37,11 @@ class NumpyBackend:
         own = np.array(found, copy=True, dtype=found.dtype.newbyteorder("="))
         return torch.from_numpy(own).to(like.device)
 
-    def reverse(self, function: Function, point: Tensor) -> tuple[Tensor, LinearMap]:
+    def reverse(self, function: Function, point: Tensor) -> tuple[Tensor, LinearMap]:  # noqa: ARG002
         """Never: NumPy does not differentiate."""
         raise UnsupportedDerivative("NumPy has no reverse mode")
 
-    def forward(self, function: Function, point: Tensor) -> LinearMap:
+    def forward(self, function: Function, point: Tensor) -> LinearMap:  # noqa: ARG002
         """Never: NumPy does not differentiate."""
         raise UnsupportedDerivative("NumPy has no forward mode")
 

@@ -60,9 +60,7 @@ class Context:
     @property
     def wide(self) -> RowBlocks:
         """The same scores in float64, for witnesses that do not depend on the dtype under test."""
-        return RowBlocks(
-            function=self.blocks.function, scores=self.blocks.scores.double(), outputs=self.blocks.outputs
-        )
+        return RowBlocks(function=self.blocks.function, scores=self.blocks.scores.double(), outputs=self.blocks.outputs)
 
 
 Build = Callable[[Context], "Candidate | CheckResult"]
@@ -204,9 +202,7 @@ def _complex_step(context: Context) -> "Candidate | CheckResult":
         values = torch.from_numpy(np.ascontiguousarray(value[:, 0])).to(direction.device)
         if infinite is None:
             return Lines(values)
-        return Lines(
-            values.masked_fill(infinite, 0.0), torch.zeros_like(values).masked_fill(infinite, torch.inf)
-        )
+        return Lines(values.masked_fill(infinite, 0.0), torch.zeros_like(values).masked_fill(infinite, torch.inf))
 
     return _candidate(
         context,

@@ -97,9 +97,7 @@ Advance = Callable[[int, int, str], None]
 class CandidateCheck:
     """One candidate against the reference: the exact numbers that it must match, and how far it got."""
 
-    def __init__(
-        self, problem: Problem, reference: JacobianReference, candidate: Candidate, advance: Advance
-    ) -> None:
+    def __init__(self, problem: Problem, reference: JacobianReference, candidate: Candidate, advance: Advance) -> None:
         self._problem = problem
         self._candidate = candidate
         self._reference = reference.transposed() if candidate.by_column else reference
@@ -122,11 +120,7 @@ class CandidateCheck:
         if every:
             found.append((self._all_entries(), True))
             detectable = self._detectable_entries()
-        probes = (
-            coverage.probes
-            if coverage.probes is not None
-            else (PROBES_BESIDE_ENTRIES if every else PROBES_ALONE)
-        )
+        probes = coverage.probes if coverage.probes is not None else (PROBES_BESIDE_ENTRIES if every else PROBES_ALONE)
         probes = probes if self._candidate.operator is not None else 0
         for index in range(probes):
             worst, seen = self._probe(index)
@@ -201,9 +195,7 @@ class CandidateCheck:
     def _probe(self, index: int) -> tuple[Worst, float]:
         reference = self._reference
         blocks, size = reference.left.hi.shape
-        direction = probe(
-            (blocks, size), index=index, seed=self._problem.seed, dtype=self._problem.scores.dtype
-        )
+        direction = probe((blocks, size), index=index, seed=self._problem.seed, dtype=self._problem.scores.dtype)
         direction = direction.to(reference.left.hi.device)
         lines = self._apply(direction)
         product = reference.vjp(direction if lines.direction is None else lines.direction, self._bound)
@@ -240,9 +232,7 @@ class CandidateCheck:
         """The worst entry among the lines with the largest weights, after a probe has failed."""
         size = self._reference.left.hi.abs().amax(dim=0)
         lines = size.topk(min(_LOCATED_LINES, size.numel())).indices.tolist()
-        comparison = EntryComparison(
-            self._reference, self._bound, exact=self._candidate.dtype == torch.float64
-        )
+        comparison = EntryComparison(self._reference, self._bound, exact=self._candidate.dtype == torch.float64)
         for values, bar, index in self._stacked(lines):
             comparison.update(values, first=0, lines=index, bar=bar)
         assert comparison.worst is not None

@@ -27,9 +27,7 @@ def choose_backend(name: str | None, code: list[UserCode], problem: Problem) -> 
     try:
         code[0](*(numpy.native(_like(problem, position)) for position in range(arrays)))
     except SoftcheckError as refusal:
-        if isinstance(refusal.__cause__, TypeError | AttributeError) and _runs_on_torch(
-            code[0], problem, arrays
-        ):
+        if isinstance(refusal.__cause__, TypeError | AttributeError) and _runs_on_torch(code[0], problem, arrays):
             return load_backend("torch")
     return numpy
 

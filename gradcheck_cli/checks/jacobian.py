@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradcheck_cli.checks.built_in import Context, built_in_methods
 from gradcheck_cli.checks.candidate import Advance, Candidate, CandidateCheck, Coverage
-from gradcheck_cli.checks.evidence import explain_failure
+from gradcheck_cli.checks.evidence import Rebuild, explain_failure
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.checks.pictures import JacobianOf, Show, pictures
 from gradcheck_cli.checks.structure import StructureCheck
@@ -49,9 +49,7 @@ class JacobianCheck:
         self._structure: Candidate | None = None
         self._own: Candidate | None = None
         if self._reference.defined is not None and not bool(self._reference.defined.any()):
-            raise SoftcheckError(
-                f"{problem.source}: every row is fully masked (all -inf), so nothing can be checked"
-            )
+            raise SoftcheckError(f"{problem.source}: every row is fully masked (all -inf), so nothing can be checked")
 
     def results(self) -> Iterator[CheckResult]:
         """Forward, the implementation's derivatives, the built-in methods, then the laws of the Jacobian."""
@@ -71,7 +69,12 @@ class JacobianCheck:
             forward_is_wrong = forward.verdict is Verdict.FAIL
             yield forward
         if subject.backward is not None:
-            yield self._own_result(backward_candidate(self._problem, subject, subject.backward))
+            rule = subject.backward
+
+            def rebuild(problem: Problem) -> Candidate:
+                return backward_candidate(problem, subject, rule)
+
+            yield self._own_result(rebuild(self._problem), rebuild=rebuild)
         if subject.jacobian is not None or subject.stored is not None:
             yield self._own_result(jacobian_candidate(self._problem, subject))
         if subject.impl is not None:
@@ -96,13 +99,13 @@ class JacobianCheck:
                 agreed = agreed or result.verdict is Verdict.PASS
                 yield result
 
-    def _own_result(self, candidate: Candidate) -> CheckResult:
+    def _own_result(self, candidate: Candidate, *, rebuild: Rebuild | None = None) -> CheckResult:
         """A result for the user's code, with the reason when it fails."""
         if self._own is None:
             self._own = self._structure = candidate
         result = self._checked(candidate)
         if result.verdict is Verdict.FAIL:
-            diagnosis = explain_failure(self._problem, self._reference, candidate, result)
+            diagnosis = explain_failure(self._problem, self._reference, candidate, result, rebuild=rebuild)
             return replace(result, diagnosis=diagnosis)
         return result
 
@@ -115,9 +118,7 @@ class JacobianCheck:
         return CandidateCheck(self._problem, self._reference, method, self._advance).run(self._plan.coverage)
 
     def _reference_result(self) -> CheckResult:
-        finite = all(
-            bool(torch.isfinite(part.hi).all()) for part in (self._reference.left, self._reference.right)
-        )
+        finite = all(bool(torch.isfinite(part.hi).all()) for part in (self._reference.left, self._reference.right))
         return CheckResult(
             name=self._problem.function.name,
             check="derivative",
@@ -132,13 +133,9 @@ class JacobianCheck:
     def pictures(self) -> tuple[Picture, ...]:
         """The value, the exact Jacobian and the error of the implementation (of the first method without one)."""
         shown = self._own or self._structure
-        subject = (
-            None if shown is None or shown.operator is None or shown.by_column else self._lines_of(shown)
-        )
+        subject = None if shown is None or shown.operator is None or shown.by_column else self._lines_of(shown)
         name = "" if shown is None else f"{shown.name} ({shown.method}, {shown.backend})"
-        return pictures(
-            self._problem, self._reference, show=self._plan.show, subject=subject, subject_name=name
-        )
+        return pictures(self._problem, self._reference, show=self._plan.show, subject=subject, subject_name=name)
 
     def _lines_of(self, candidate: Candidate) -> JacobianOf:
         def lines(index: list[int]) -> Tensor:

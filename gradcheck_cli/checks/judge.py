@@ -62,9 +62,7 @@ def judged(
         bound=worst.bound,
         ratio=worst.ratio,
         detectable=None if vanishes else detectable,
-        worst=Mismatch(
-            index=place, got=worst.got, expected=worst.expected, error=worst.error, bound=worst.bound
-        ),
+        worst=Mismatch(index=place, got=worst.got, expected=worst.expected, error=worst.error, bound=worst.bound),
         checked=checked,
         reason=reason,
         seconds=seconds,
@@ -73,9 +71,7 @@ def judged(
 
 def _why_blind(detectable: float, resolution: float) -> str:
     if math.isinf(detectable):
-        return (
-            "the exact derivative is zero in this dtype at these scores (saturated), so nothing can be told"
-        )
+        return "the exact derivative is zero in this dtype at these scores (saturated), so nothing can be told"
     return f"rounding in this dtype hides relative errors up to {detectable:.2g}, more than {resolution:.2g}"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,9 +41,7 @@ def pictures(
     """The pictures of the first block: value, exact Jacobian and, with a subject, its error."""
     size = max(reference.outputs, reference.inputs)
     if show is Show.AUTO:
-        show = (
-            Show.NUMBERS if size <= NUMBERS_UP_TO else Show.HEATMAP if size <= HEATMAP_UP_TO else Show.SUMMARY
-        )
+        show = Show.NUMBERS if size <= NUMBERS_UP_TO else Show.HEATMAP if size <= HEATMAP_UP_TO else Show.SUMMARY
     if show is Show.NONE:
         return ()
     if show is Show.SUMMARY:
@@ -66,9 +65,7 @@ def _where(problem: Problem) -> str:
 
 def _vector(title: str, values: Tensor) -> Picture:
     if values.numel() <= _CELLS:
-        return Picture(
-            title=title, kind="numbers", values=(tuple(values.tolist()),), extent=(1, values.numel())
-        )
+        return Picture(title=title, kind="numbers", values=(tuple(values.tolist()),), extent=(1, values.numel()))
     order = values.abs().nan_to_num(nan=torch.inf).argsort(descending=True)[:_LISTED]
     lines = tuple((float(index), float(values[index])) for index in order.tolist())
     return Picture(
@@ -104,10 +101,7 @@ def _reduced(matrix: Tensor) -> Tensor:
         if size <= _CELLS:
             continue
         edges = torch.linspace(0, size, _CELLS + 1).long().tolist()
-        parts = [
-            _largest(matrix.narrow(dimension, start, stop - start), dimension)
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        parts = [_largest(matrix.narrow(dimension, start, stop - start), dimension) for start, stop in pairwise(edges)]
         matrix = torch.cat(parts, dim=dimension)
     return matrix
 
@@ -135,9 +129,7 @@ def _summary(
         line, entry = divmod(flat, exact.shape[1])
         place = problem.layout.entry_place(0, lines[line], entry)
         value = (float(exact[line, entry]),)
-        rows.append(
-            (*place, *((float(got[line, entry]), *value, float(error[line, entry])) if subject else value))
-        )
+        rows.append((*place, *((float(got[line, entry]), *value, float(error[line, entry])) if subject else value)))
     title = f"worst entries of {subject_name}" if subject else "largest entries of J, exact"
     columns = ("row", "i", "j", "got", "exact", "error") if subject else ("row", "i", "j", "value")
     caption = f"of {problem.layout.entries:,} entries"

@@ -152,9 +152,7 @@ def _distributions(target: Tensor, origin: str) -> Tensor:
     bad = ~torch.isfinite(target)
     if bool(bad.any()):
         place = tuple(bad.nonzero()[0].tolist())
-        raise SoftcheckError(
-            f"{origin}: target value at index {place} is {float(target[place])}; it must be finite"
-        )
+        raise SoftcheckError(f"{origin}: target value at index {place} is {float(target[place])}; it must be finite")
     return target
 
 

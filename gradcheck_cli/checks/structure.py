@@ -78,9 +78,7 @@ class StructureCheck:
             max_error=worst.error,
             bound=worst.bound,
             ratio=worst.ratio,
-            worst=Mismatch(
-                index=place, got=worst.got, expected=worst.expected, error=worst.error, bound=worst.bound
-            ),
+            worst=Mismatch(index=place, got=worst.got, expected=worst.expected, error=worst.error, bound=worst.bound),
             seconds=time.perf_counter() - started,
         )
 

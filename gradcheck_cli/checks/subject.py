@@ -48,9 +48,7 @@ def backward_candidate(problem: Problem, subject: Subject, rule: UserCode) -> Ca
     def operator(direction: Tensor) -> Lines:
         upstream = layout.from_output_blocks(direction).to(problem.scores.dtype)
         result = rule(backend.native(problem.scores), backend.native(upstream))
-        gradient = _gradient(
-            backend.tensor(result, what=rule.label, like=problem.scores), rule.label, problem
-        )
+        gradient = _gradient(backend.tensor(result, what=rule.label, like=problem.scores), rule.label, problem)
         return Lines(layout.input_blocks(gradient))
 
     return _candidate(problem, subject, rule.label, "hand-written backward", operator=operator)
@@ -78,9 +76,7 @@ def _candidate(problem: Problem, subject: Subject, name: str, method: str, **opt
     return Candidate(**(settings | options))  # type: ignore[arg-type]  # the keys are Candidate's own
 
 
-def forward_check(
-    problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference
-) -> CheckResult:
+def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference) -> CheckResult:
     """The implementation's value against the exact one, before any derivative."""
     started = time.perf_counter()
     layout = problem.layout
@@ -114,9 +110,7 @@ def forward_check(
         resolution=float("inf"),
         seconds=time.perf_counter() - started,
     )
-    return (
-        replace(result, diagnosis=_forward_wrong(impl, problem)) if result.verdict is Verdict.FAIL else result
-    )
+    return replace(result, diagnosis=_forward_wrong(impl, problem)) if result.verdict is Verdict.FAIL else result
 
 
 def _forward_wrong(impl: UserCode, problem: Problem) -> Diagnosis:
@@ -154,9 +148,7 @@ def _autodiff_candidate(
     try:
         if by_column:
             apply = backend.forward(function, problem.scores)
-            apply(
-                torch.zeros_like(problem.scores)
-            )  # whether the mode is supported shows only when it is used
+            apply(torch.zeros_like(problem.scores))  # whether the mode is supported shows only when it is used
         else:
             _, apply = backend.reverse(function, problem.scores)
     except (UnsupportedDerivative, RuntimeError, SoftcheckError) as reason:
@@ -230,9 +222,7 @@ def _complex_candidate(
         blocks = layout.output_blocks(values)
         if infinite is None:
             return Lines(blocks)
-        return Lines(
-            blocks.masked_fill(infinite, 0.0), torch.zeros_like(blocks).masked_fill(infinite, torch.inf)
-        )
+        return Lines(blocks.masked_fill(infinite, 0.0), torch.zeros_like(blocks).masked_fill(infinite, torch.inf))
 
     candidate = _candidate(
         problem,
@@ -284,9 +274,7 @@ def jacobian_candidate(problem: Problem, subject: Subject) -> Candidate:
         return Lines(value)
 
     narrow = _coarser(matrix.dtype, problem.scores.dtype)
-    return _candidate(
-        problem, subject, label, method, dtype=narrow, operator=operator, largest=max(layout.entries, 1)
-    )
+    return _candidate(problem, subject, label, method, dtype=narrow, operator=operator, largest=max(layout.entries, 1))
 
 
 def _coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:

@@ -43,8 +43,9 @@ def step_ladder(*, scale: float, levels: int = LEVELS) -> list[float]:
 def exact_direction(direction: Tensor, point: Tensor, steps: list[float]) -> tuple[Tensor, list[float]]:
     """The direction rounded so that point + t u is exact for every step kept, and those steps.
 
-    Without it the rounding of the perturbed point would enter the difference as noise of unknown size. Steps that
-    would leave a component fewer than four bits are dropped; masked (-inf) scores are never moved.
+    Without it the rounding of the perturbed point would enter the difference as noise of unknown size. (Where a
+    component passes a power of two on its way up, its own last bit is lost all the same.) Steps that would leave
+    a component fewer than four bits are dropped; masked (-inf) scores are never moved.
     """
     finite = torch.isfinite(point)
     size = torch.where(finite, point.abs(), 0.0).double() + direction.abs().double() * steps[0]

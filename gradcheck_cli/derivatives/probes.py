@@ -14,7 +14,7 @@ def probe(shape: tuple[int, int], *, index: int, seed: int, dtype: torch.dtype) 
     that uses another row's upstream gradient shows.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    blocks, size = shape
+    size = shape[1]
     if size == 1:  # one output per block: any non-zero cotangent is as good as another
         values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
     elif index % 2:

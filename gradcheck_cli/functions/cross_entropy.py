@@ -2,6 +2,7 @@
 
 import math
 from enum import StrEnum
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -188,9 +189,7 @@ class CrossEntropy(RowFunction):
     def _effective_target(self, layout: RowLayout) -> tuple[DoubleDouble, DoubleDouble]:
         """t [rows, C] and κ [rows, 1] in double-double, on the CPU."""
         classes, smoothing = layout.length, self.label_smoothing
-        weight = (
-            torch.ones(classes, dtype=torch.float64) if self.weight is None else self.weight.double().cpu()
-        )
+        weight = torch.ones(classes, dtype=torch.float64) if self.weight is None else self.weight.double().cpu()
         weights = DoubleDouble.exact(weight.expand(layout.rows, classes).contiguous())
         keep = _number(1.0 - smoothing, weights.hi) if smoothing else None
         spread = _number(smoothing, weights.hi) / _number(float(classes), weights.hi)

@@ -11,13 +11,13 @@ import time
 from collections import Counter
 
 import torch
-from tests.battery import DTYPES, problem_of, run, scores
-from tests.faults import CORRECT, FAULTS, Fault, scaled
 
 from gradcheck_cli.backends import load_backend
 from gradcheck_cli.checks.subject import Subject
 from gradcheck_cli.problem import Problem, available_options, user_code
 from gradcheck_cli.results import CheckResult, Verdict
+from tests.battery import DTYPES, problem_of, run, scores
+from tests.faults import CORRECT, FAULTS, Fault, scaled
 
 
 def subject_of(rule: object, problem: Problem) -> Subject:
@@ -64,8 +64,10 @@ def main() -> None:
     parser.add_argument("--functions", default="softmax,log_softmax,cross_entropy")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    print(f"{'function':14s}{'dtype':10s}{'n':>7s} {'scores':13s}{'coverage':12s}{'faults':>7s}{'caught':>7s}{'hidden':>7s}"
-          f"{'named':>7s}{'right passes':>14s}  seconds")
+    print(
+        f"{'function':14s}{'dtype':10s}{'n':>7s} {'scores':13s}{'coverage':12s}{'faults':>7s}{'caught':>7s}{'hidden':>7s}"
+        f"{'named':>7s}{'right passes':>14s}  seconds"
+    )
     missed: list[str] = []
     for function, dtype, n, values, exhaustive in itertools.product(
         arguments.functions.split(","), DTYPES, sizes, ("normal", "near_uniform"), (True, False)
@@ -91,9 +93,12 @@ def main() -> None:
             else:
                 missed.append(f"{fault.name} ({function}, {dtype}, n={n}, {values}, exhaustive={exhaustive})")
         right = verdict_of(CORRECT[function], problem_of(x, function, seed=1), exhaustive=exhaustive)
-        print(f"{function:14s}{str(dtype)[6:]:10s}{n:7d} {values:13s}{'every entry' if exhaustive else 'probes':12s}"
-              f"{counts['faults']:7d}{counts['caught']:7d}{counts['hidden']:7d}{counts['named']:7d}{right.verdict:>14s}"
-              f"  {time.perf_counter() - started:.1f}", flush=True)
+        print(
+            f"{function:14s}{str(dtype)[6:]:10s}{n:7d} {values:13s}{'every entry' if exhaustive else 'probes':12s}"
+            f"{counts['faults']:7d}{counts['caught']:7d}{counts['hidden']:7d}{counts['named']:7d}{right.verdict:>14s}"
+            f"  {time.perf_counter() - started:.1f}",
+            flush=True,
+        )
     print(f"\nmissed: {len(missed)}")
     for line in missed:
         print("  ", line)
@@ -113,8 +118,10 @@ def smallest_scale(n: int = 1000) -> None:
             if verdict_of(rule, problem, exhaustive=exhaustive).verdict is not Verdict.FAIL:
                 break
             caught = 10**exponent
-        print(f"{function:14s}{str(dtype)[6:]:10s}{'every entry' if exhaustive else 'probes':12s}"
-              f"{caught:12.2g}{stated:19.2g}")
+        print(
+            f"{function:14s}{str(dtype)[6:]:10s}{'every entry' if exhaustive else 'probes':12s}"
+            f"{caught:12.2g}{stated:19.2g}"
+        )
 
 
 def in_double(rule):

@@ -1,16 +1,15 @@
 """Correct functions are never accused: prints the largest error/bound over dtypes, sizes, values and axes.
 
-    python -m tests.benchmarks.truth [--seeds N] [--sizes 1,2,3,7,64,500,4096]
+python -m tests.benchmarks.truth [--seeds N] [--sizes 1,2,3,7,64,500,4096]
 """
 
 import argparse
 import itertools
 from collections import defaultdict
 
-from tests.battery import DTYPES, cases, problem_of, run, scores
-
 from gradcheck_cli.checks.setup import FUNCTION_NAMES
 from gradcheck_cli.results import CheckResult, Verdict
+from tests.battery import DTYPES, cases, problem_of, run, scores
 
 
 def main() -> None:
@@ -28,7 +27,9 @@ def main() -> None:
         for result in run(problem_of(scores("normal", (4, 6, 5), dtype), function, axis=axis)):
             what = f"batch 4x6x5 axis {axis}"
             table[function, result.check, result.method, result.backend, str(dtype)[6:]].append((result, what))
-    print(f"{'function':14s}{'method':28s}{'backend':9s}{'scores':10s}{'runs':>6s}{'fail':>6s}{'incon':>6s}  worst error/bound")
+    print(
+        f"{'function':14s}{'method':28s}{'backend':9s}{'scores':10s}{'runs':>6s}{'fail':>6s}{'incon':>6s}  worst error/bound"
+    )
     failures = 0
     for key, rows in table.items():
         ran = [(result, what) for result, what in rows if result.verdict is not Verdict.SKIPPED]
