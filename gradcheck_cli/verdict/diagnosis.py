@@ -48,7 +48,7 @@ class Evidence:
     its verdict bound, all float64. `s` [n] is the row's softmax, `target` [n] the effective target of
     cross-entropy (weights and smoothing included). `zero_vector` [n] is the response to a zero upstream and
     `zero_response` its largest entry relative to the largest of `expected`. `leaks` says that an upstream on
-    this row alone changed other rows. `dtype` is the one under test.
+    this row alone changed other rows, or one on another row changed this one. `dtype` is the one under test.
     """
 
     function: str

@@ -125,7 +125,8 @@ def compare_all(
             advance(tile.count * tile.lines)
         return comparison.worst
 
-    if workers == 1 or next(iter(tiles(reference, CPU_TILE))).count == reference.left.shape[0]:
+    first = next(tiles(reference, CPU_TILE))
+    if workers == 1 or (first.count == reference.left.shape[0] and first.lines == reference.outputs):
         with source.scope():
             return _worst([work()])
     with source.scope(), one_thread_per_kernel(), ThreadPoolExecutor(workers) as pool:
