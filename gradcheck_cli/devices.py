@@ -13,18 +13,14 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as problem:
-        raise SoftcheckError(
-            f"unknown device {name!r}", hint="known devices: cpu, cuda, cuda:N, mps"
-        ) from problem
+        raise SoftcheckError(f"unknown device {name!r}", hint="known devices: cpu, cuda, cuda:N, mps") from problem
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda":
         return _cuda(device)
     if device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise SoftcheckError(
-                "device mps is not available: this torch sees no Apple GPU", hint="use --device cpu"
-            )
+            raise SoftcheckError("device mps is not available: this torch sees no Apple GPU", hint="use --device cpu")
         return device
     raise SoftcheckError(f"device {name!r} is not supported", hint="known devices: cpu, cuda, cuda:N, mps")
 

@@ -120,3 +120,34 @@ def test_saturated_scores_cannot_be_verified_and_say_so() -> None:
     assert results[0].verdict is Verdict.INCONCLUSIVE
     assert results[0].reason is not None
     assert "saturated" in results[0].reason
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_every_gross_fault_is_named(fault: Fault) -> None:
+    for function in fault.functions:
+        problem = problem_for(fault, function, scores("normal", (3, 10), torch.float64))
+        result = verdict_of(fault.make(function), problem, exhaustive=True)
+        assert result.diagnosis is not None
+        named = (result.diagnosis.code, str(result.diagnosis.detail.get("alternatives", "")))
+        assert fault.code == named[0] or fault.code in named[1], result.diagnosis
+
+
+def test_a_large_rule_is_recognised_on_a_part_of_the_row() -> None:
+    fault = next(fault for fault in FAULTS if fault.code == "diagonal-only")
+    problem = problem_for(fault, "softmax", scores("normal", (2, 3000), torch.float64))
+    result = verdict_of(fault.make("softmax"), problem, exhaustive=False)
+    assert result.diagnosis is not None
+    assert result.diagnosis.code == "diagonal-only"
+    assert "recognised_on" in result.diagnosis.detail
+
+
+def test_a_mistake_that_depends_on_the_size_is_not_given_a_wrong_name() -> None:
+    def backward(x: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+        right = CORRECT["softmax"](x, grad_output)
+        return right * 2 if x.shape[-1] > 1024 else right
+
+    result = verdict_of(backward, problem_of(scores("normal", (2000,), torch.float64)), exhaustive=False)
+    assert result.verdict is Verdict.FAIL
+    assert result.diagnosis is not None
+    assert result.diagnosis.code == "unrecognised"
+    assert "size" in result.diagnosis.message

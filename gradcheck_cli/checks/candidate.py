@@ -14,6 +14,7 @@ from gradcheck_cli.problem import Problem
 from gradcheck_cli.results import Checked, CheckResult
 from gradcheck_cli.verdict.compare import (
     EntryComparison,
+    Place,
     Worst,
     compare_product,
     detectable_entries,
@@ -165,7 +166,7 @@ class CandidateCheck:
             return compare_all(candidate.lines, reference, self._bound, exact=exact, advance=progress)
         comparison = EntryComparison(reference, self._bound, exact=exact)
         for values, bar, index in self._stacked(range(reference.outputs)):
-            comparison.update(values, first=0, lines=index, bar=bar)
+            comparison.update(values, place=Place(0, index.shape[0], 0, index.shape[1], index), bar=bar)
             self._has_bar = bar is not None
             done += index.numel()
             self._advance(done, lines, label)
@@ -234,7 +235,7 @@ class CandidateCheck:
         lines = size.topk(min(_LOCATED_LINES, size.numel())).indices.tolist()
         comparison = EntryComparison(self._reference, self._bound, exact=self._candidate.dtype == torch.float64)
         for values, bar, index in self._stacked(lines):
-            comparison.update(values, first=0, lines=index, bar=bar)
+            comparison.update(values, place=Place(0, index.shape[0], 0, index.shape[1], index), bar=bar)
         assert comparison.worst is not None
         return comparison.worst
 

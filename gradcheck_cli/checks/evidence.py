@@ -38,23 +38,21 @@ def explain_failure(
     """
     if candidate.operator is None or candidate.by_column:
         return None
-    if problem.layout.shared_output and problem.layout.rows > 1:
-        return None
-    block = result.worst.index[0] if result.worst is not None and not problem.layout.shared_output else 0
+    row = result.worst.index[0] if result.worst is not None else 0
     if reference.outputs <= _WHOLE_UP_TO:
-        return diagnose(_evidence(problem, reference, candidate, block))
+        return diagnose(_evidence(problem, reference, candidate, row))
     if rebuild is None or isinstance(problem.function, CrossEntropy):
         return None
-    return _explain_part(problem, block, rebuild)
+    return _explain_part(problem, row, rebuild)
 
 
-def _explain_part(problem: Problem, block: int, rebuild: Rebuild) -> Diagnosis | None:
+def _explain_part(problem: Problem, row: int, rebuild: Rebuild) -> Diagnosis | None:
     scores = problem.scores.narrow(problem.layout.axis, 0, _PART).clone()
     layout = problem.function.layout(tuple(scores.shape), problem.layout.axis)
     part = replace(problem, scores=scores, layout=layout)
     reference = problem.function.reference(layout, scores.double())
     try:
-        evidence = _evidence(part, reference, rebuild(part), block)
+        evidence = _evidence(part, reference, rebuild(part), row)
     except SoftcheckError:  # code that takes no other size
         return None
     if bool(((evidence.response - evidence.expected).abs() <= evidence.bound).all()):
@@ -64,43 +62,63 @@ def _explain_part(problem: Problem, block: int, rebuild: Rebuild) -> Diagnosis |
     return replace(found, detail={**found.detail, "recognised_on": f"the first {_PART} scores of every row"})
 
 
-def _evidence(problem: Problem, reference: JacobianReference, candidate: Candidate, block: int) -> Evidence:
-    assert candidate.operator is not None
-    blocks, outputs = reference.left.hi.shape
-    device = reference.left.hi.device
+def _evidence(problem: Problem, reference: JacobianReference, candidate: Candidate, row: int) -> Evidence:
+    """The rule's answers for one row; of a loss that all rows share, the part that belongs to the row."""
+    layout, function = problem.layout, problem.function
+    block = 0 if layout.shared_output else row
+    own = slice(row * layout.length, (row + 1) * layout.length) if layout.shared_output else slice(None)
     bound = reference.bound_for(Rounding.of(candidate.dtype))
-
-    def respond(direction: Tensor) -> Tensor:
-        return candidate.operator(direction).values.to(torch.float64)  # type: ignore[misc]  # not None, see above
-
-    zero = respond(torch.zeros(blocks, outputs, dtype=torch.float64, device=device))
-    lines, leaks = [], False
-    for line in range(outputs):
-        direction = torch.zeros(blocks, outputs, dtype=torch.float64, device=device)
-        direction[block, line] = 1.0
-        answer = respond(direction) - zero
-        lines.append(answer[block])
-        others = answer.abs().sum(-1)
-        others[block] = 0
-        leaks = leaks or bool((others > bound.floor).any())
-    exact = reference.dense(block)
-    scale = float(exact.abs().max()) or 1.0
-    function = problem.function
-    target = function.effective_target[block] if isinstance(function, CrossEntropy) else None
+    answers = _Answers(candidate, reference)
+    exact = reference.dense(block)[:, own]
+    zero = answers.zero[block, own]
     return Evidence(
         function=function.name,
-        response=torch.stack(lines).cpu(),
+        response=answers.lines(block)[:, own].cpu(),
         expected=exact.cpu(),
-        bound=reference.dense_bound(block, bound).cpu(),
-        s=_softmax_of(problem, block),
-        target=target,
-        zero_response=float(zero[block].abs().nan_to_num(nan=torch.inf).max()) / scale,
-        zero_vector=zero[block].cpu(),
-        leaks=leaks,
-        rows=problem.layout.rows,
+        bound=reference.dense_bound(block, bound)[:, own].cpu(),
+        s=_softmax_of(problem, row),
+        target=function.effective_target[row] if isinstance(function, CrossEntropy) else None,
+        zero_response=float(zero.abs().nan_to_num(nan=torch.inf).max()) / (float(exact.abs().max()) or 1.0),
+        zero_vector=zero.cpu(),
+        leaks=answers.leaks(block, bound.floor),
+        rows=layout.rows,
         temperature=function.temperature,
         dtype=str(problem.scores.dtype).removeprefix("torch."),
     )
+
+
+class _Answers:
+    """What a rule gives back for chosen upstream gradients, less its answer to zeros."""
+
+    def __init__(self, candidate: Candidate, reference: JacobianReference) -> None:
+        assert candidate.operator is not None
+        self._operator = candidate.operator
+        self._nothing = torch.zeros_like(reference.left.hi)
+        self.zero = self._operator(self._nothing).values.to(torch.float64)
+
+    def _to(self, direction: Tensor) -> Tensor:
+        return self._operator(direction).values.to(torch.float64) - self.zero
+
+    def lines(self, block: int) -> Tensor:
+        """The block's Jacobian as the rule has it, [outputs, inputs]."""
+        found = []
+        for line in range(self._nothing.shape[1]):
+            direction = self._nothing.clone()
+            direction[block, line] = 1.0
+            found.append(self._to(direction)[block])
+        return torch.stack(found)
+
+    def leaks(self, block: int, floor: float) -> bool:
+        """Whether an upstream on this block alone reaches others, or one on the others reaches this block."""
+        if self._nothing.shape[0] == 1:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        upstream = torch.randn(self._nothing.shape, generator=generator, dtype=torch.float64).to(self._nothing.device)
+        inside = torch.zeros_like(upstream)
+        inside[block] = upstream[block]
+        reached = self._to(inside).abs()
+        reached[block] = self._to(upstream - inside)[block].abs()
+        return bool((reached > floor).any())
 
 
 def _softmax_of(problem: Problem, row: int) -> Tensor:

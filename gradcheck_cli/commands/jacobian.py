@@ -34,9 +34,7 @@ Examples:
     show_default=True,
     help="Divide the scores by this number first.",
 )
-@click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Cast the scores to this dtype; by default as stored."
-)
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Cast the scores to this dtype; by default as stored.")
 @click.option(
     "--device",
     default="cpu",
@@ -50,24 +48,16 @@ Examples:
     show_default=True,
     help="Function to differentiate.",
 )
-@click.option(
-    "--target", metavar="FILE", help="Class indices or distributions for cross_entropy; required there."
-)
-@click.option(
-    "--weight", metavar="FILE", help="Class weights for cross_entropy; by default every class counts alike."
-)
+@click.option("--target", metavar="FILE", help="Class indices or distributions for cross_entropy; required there.")
+@click.option("--weight", metavar="FILE", help="Class weights for cross_entropy; by default every class counts alike.")
 @click.option(
     "--reduction",
     type=click.Choice(("mean", "sum", "none")),
     help="How cross_entropy joins the rows' losses; by default mean.",
 )
-@click.option(
-    "--label-smoothing", type=float, help="Share of the uniform distribution in the target; by default 0."
-)
+@click.option("--label-smoothing", type=float, help="Share of the uniform distribution in the target; by default 0.")
 @click.option("--ignore-index", type=int, help="Class index of rows that do not count; by default -100.")
-@click.option(
-    "--impl", metavar="TARGET", help="Forward function to check, as package.module:name or file.py:name."
-)
+@click.option("--impl", metavar="TARGET", help="Forward function to check, as package.module:name or file.py:name.")
 @click.option(
     "--backward",
     metavar="TARGET",
@@ -124,7 +114,5 @@ def jacobian(output: OutputOptions, **options: "Unpack[JacobianOptions]") -> int
     from gradcheck_cli.commands.jacobian_run import run_jacobian
 
     with progress_for(output) as progress:
-        report = run_jacobian(
-            options, lambda done, total, label: progress(done=done, total=total, label=label)
-        )
+        report = run_jacobian(options, lambda done, total, label: progress(done=done, total=total, label=label))
     return deliver(report, output)

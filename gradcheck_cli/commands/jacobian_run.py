@@ -77,9 +77,7 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
             "nothing to check: no built-in method is left and no code under test is given",
             hint="drop --method, or add --impl, --backward or --jacobian",
         )
-    coverage = Coverage(
-        exhaustive=options["exhaustive"], probes=options["probes"], resolution=options["resolution"]
-    )
+    coverage = Coverage(exhaustive=options["exhaustive"], probes=options["probes"], resolution=options["resolution"])
     plan = JacobianPlan(methods=methods, coverage=coverage, show=Show(options["show"]), subject=subject)
     check = JacobianCheck(problem, plan, advance)
     command = _rerun(options)
@@ -242,15 +240,11 @@ def _facts(problem: Problem, results: tuple[CheckResult, ...]) -> tuple[tuple[st
 
 
 def _coverage_line(entries: int, results: tuple[CheckResult, ...]) -> str:
-    counted = [
-        result.checked for result in results if result.checked is not None and result.check == "derivative"
-    ]
+    counted = [result.checked for result in results if result.checked is not None and result.check == "derivative"]
     full = sum(checked.entries == checked.total for checked in counted)
     if full == len(counted):
         return f"every one of {entries:,} Jacobian entries"
-    return (
-        f"{full} of {len(counted)} methods on every one of {entries:,} Jacobian entries, the others on probes"
-    )
+    return f"{full} of {len(counted)} methods on every one of {entries:,} Jacobian entries, the others on probes"
 
 
 def _environment(problem: Problem) -> dict[str, str | int | bool]:

@@ -11,7 +11,6 @@ from gradcheck_cli.derivatives.line_sources import (
     Unscoped,
     ignore_infinite,
     infinite_outputs,
-    unit_lines,
 )
 from gradcheck_cli.functions.reference import ROUNDING_SAFETY, JacobianReference, Rounding
 from gradcheck_cli.functions.softmax import Softmax
@@ -107,8 +106,7 @@ class _Stack:
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks
         self._shape: tuple[int, int, int] | None = None
-        self._points = self._own = torch.empty(0)
-        self._index = torch.empty(0, dtype=torch.int64)
+        self._points = self._own = self._moving = torch.empty(0)
         self._values: list[Tensor] = []
         self._first = 0
         self._centre: Tensor | None = None
@@ -123,9 +121,9 @@ class _Stack:
             self._values = [rows.new_empty(*shape[:2], self._blocks.outputs) for _ in range(6)]
             self._shape, self._first, self._centre = shape, tile.first, None
         else:
-            self._points.scatter_(2, self._index, self._own)
-        self._index = unit_lines(tile, device=rows.device)[..., None]
-        self._own = rows.gather(1, self._index[..., 0])[..., None]
+            self._moving.copy_(self._own)
+        self._moving = self._points.narrow(2, tile.start, tile.lines).diagonal(0, 1, 2)
+        self._own = rows.narrow(1, tile.start, tile.lines)
 
     @property
     def centre(self) -> Tensor:
@@ -137,18 +135,18 @@ class _Stack:
 
     def moved(self, step: float, *, slot: int) -> Tensor:
         """f(x + h e_j) for every line, in one of six buffers."""
-        return self._value(self._own + step, self._values[slot])
+        torch.add(self._own, step, out=self._moving)
+        return self._value(self._values[slot])
 
     def difference(self, step: float, *, slot: int) -> Tensor:
         """(f(x + h e_j) - f(x - h e_j)) over the width really taken, in one of three pairs of buffers."""
-        width = ((self._own + step) - (self._own - step))[..., 0]
+        width = (self._own + step) - (self._own - step)
         width = torch.where(torch.isfinite(width), width, 2 * step)  # a masked score stays masked
         self.inverse_step = 2 / width
         high = self.moved(step, slot=2 * slot).sub_(self.moved(-step, slot=2 * slot + 1))
         return high.mul_((1 / width)[..., None])
 
-    def _value(self, own: Tensor, out: Tensor) -> Tensor:
-        self._points.scatter_(2, self._index, own)
+    def _value(self, out: Tensor) -> Tensor:
         function = self._blocks.function
         if type(function) is Softmax and function.temperature == 1:
             return torch.softmax(self._points, dim=-1, out=out)  # no page faults of a fresh output

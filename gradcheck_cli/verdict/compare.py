@@ -39,6 +39,50 @@ def _as_ratio(value: float) -> float:
     return math.inf if math.isnan(value) else abs(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which lines a tile holds: neighbours start … start+lines of blocks first … first+count.
+
+    With `index` [count, lines] the lines are those, in any order, instead. Tiles are small, so that the time of a
+    Python-level slice counts: `narrow` takes a third of it, and what is whole is not cut at all.
+    """
+
+    first: int
+    count: int
+    start: int
+    lines: int
+    index: Tensor | None = None
+
+    def blocks_of(self, factors: Tensor) -> Tensor:
+        """The tile's blocks of numbers [blocks, …]."""
+        return factors if factors.shape[0] == self.count else factors.narrow(0, self.first, self.count)
+
+    def of(self, factors: Tensor) -> Tensor:
+        """The tile's lines of per-line numbers [blocks, lines] or [blocks, lines, k]."""
+        rows = self.blocks_of(factors)
+        if self.index is None:
+            return rows.narrow(1, self.start, self.lines)
+        index = self.index if rows.dim() == 2 else self.index[..., None].expand(-1, -1, rows.shape[2])
+        return rows.gather(1, index)
+
+    def line(self, block: int, position: int) -> int:
+        """The line's number in its block."""
+        return self.start + position if self.index is None else int(self.index[block, position])
+
+    def diagonal(self, tile: Tensor) -> Tensor:
+        """The entries (line, line) of the tile, [b, l]; a view where the lines are neighbours."""
+        if self.index is None:
+            return tile.narrow(2, self.start, self.lines).diagonal(0, 1, 2)
+        return tile.gather(2, self.index[..., None])[..., 0]
+
+    def set_diagonal(self, tile: Tensor, values: Tensor) -> None:
+        """Write the entries (line, line) of the tile."""
+        if self.index is None:
+            self.diagonal(tile).copy_(values)
+        else:
+            tile.scatter_(2, self.index[..., None], values[..., None])
+
+
 class EntryComparison:
     """Compares tiles of Jacobian lines with the reference, keeping only the worst entry.
 
@@ -51,7 +95,6 @@ class EntryComparison:
         self.worst: Worst | None = None
         self._reference = reference
         self._diagonal_bound = bound.diagonal
-        self._exact = exact
         left, right = reference.left, reference.right
         self._terms: tuple[tuple[Tensor, Tensor], ...]
         if exact:
@@ -67,6 +110,7 @@ class EntryComparison:
             )
         else:
             self._terms = ((left.hi[..., None], right.hi[:, None, :]),)
+        self._minus_diagonal = torch.empty(0) if reference.diagonal is None else -reference.diagonal.hi
         floor = torch.full_like(bound.left[..., :1], bound.floor)
         self._bound_left = torch.cat([bound.left, floor], dim=-1)
         self._bound_right = torch.cat([bound.right, torch.ones_like(bound.right[:, :1])], dim=-2)
@@ -76,71 +120,66 @@ class EntryComparison:
         self,
         tile: Tensor,
         *,
-        first: int,
-        lines: "slice | Tensor",
+        place: Place,
         bar: Tensor | None = None,
         scale: float = 1.0,
         bar_is_bound: bool = False,
     ) -> None:
-        """Take in lines of blocks first … first+b; `bar` is the method's own error, if it has one.
+        """Take in the lines at `place`; `bar` is the method's own error, if it has one.
 
-        `lines` is a slice of neighbours, the same for every block, or an index tensor [b, l]. See `Lines` for
-        `scale` and `bar_is_bound`.
+        See `Lines` for `scale` and `bar_is_bound`.
         """
-        factors = _Factors(slice(first, first + tile.shape[0]), lines)
-        error = self._error(tile, factors, scale)
+        error = self._error(tile, place, scale)
         if bar is not None and bar_is_bound:
             width = bar
         else:
-            width = self._width(tile.shape, factors)
+            width = self._width(tile.shape, place)
             if bar is not None:
                 width.add_(bar)
         ratio = error.div_(width)
         if self._reference.defined is not None:
-            ratio.masked_fill_(~self._defined(factors), 0.0)
+            ratio.masked_fill_(~self._defined(place), 0.0)
         lowest, highest = torch.aminmax(ratio)
         largest = max(_as_ratio(float(lowest)), _as_ratio(float(highest)))
         if self.worst is None or largest > self.worst.ratio:
-            self._remember(ratio, width, factors)
+            self._remember(ratio, width, place)
 
-    def _error(self, tile: Tensor, factors: "_Factors", scale: float) -> Tensor:
+    def _error(self, tile: Tensor, place: Place, scale: float) -> Tensor:
         if tile.dtype != torch.float64:
             tile = self._buffer("error", tile.shape, tile.device).copy_(tile)
         diagonal = self._reference.diagonal
         if diagonal is not None:
-            own = factors.diagonal(tile) * scale - factors.of(diagonal.hi) - factors.of(diagonal.lo)
+            own = torch.add(place.of(self._minus_diagonal), place.diagonal(tile), alpha=scale)
         for left, right in self._terms:
-            torch.baddbmm(tile, factors.of(left), right[factors.blocks], beta=scale, alpha=-1, out=tile)
+            torch.baddbmm(tile, place.of(left), place.blocks_of(right), beta=scale, alpha=-1, out=tile)
             scale = 1.0
         if diagonal is not None:
-            factors.set_diagonal(tile, own)
+            place.set_diagonal(tile, own.sub_(place.of(diagonal.lo)))
         return tile
 
-    def _width(self, shape: torch.Size, factors: "_Factors") -> Tensor:
+    def _width(self, shape: torch.Size, place: Place) -> Tensor:
         width = self._buffer("width", shape, self._bound_left.device)
-        torch.bmm(factors.of(self._bound_left), self._bound_right[factors.blocks], out=width)
+        torch.bmm(place.of(self._bound_left), place.blocks_of(self._bound_right), out=width)
         if self._diagonal_bound is not None:
-            factors.set_diagonal(width, factors.diagonal(width) + factors.of(self._diagonal_bound))
+            place.set_diagonal(width, place.diagonal(width) + place.of(self._diagonal_bound))
         return width
 
-    def _defined(self, factors: "_Factors") -> Tensor:
+    def _defined(self, place: Place) -> Tensor:
         defined = self._reference.defined
         assert defined is not None
-        return (
-            factors.of(defined)[..., None] if self._reference.by_column else defined[factors.blocks, None, :]
-        )
+        return place.of(defined)[..., None] if self._reference.by_column else place.blocks_of(defined)[:, None, :]
 
-    def _remember(self, ratio: Tensor, width: Tensor, factors: "_Factors") -> None:
+    def _remember(self, ratio: Tensor, width: Tensor, place: Place) -> None:
         flat = int(ratio.abs().argmax())
         block, rest = divmod(flat, ratio.shape[1] * ratio.shape[2])
         line, entry = divmod(rest, ratio.shape[2])
-        place = (factors.blocks.start + block, factors.line(block, line), entry)
+        at = (place.first + block, place.line(block, line), entry)
         bound = float(width[block, line, entry])
         error = float(ratio[block, line, entry]) * bound
-        expected = self._expected(place)
+        expected = self._expected(at)
         candidate = Worst(
             ratio=_as_ratio(float(ratio[block, line, entry])),
-            place=place,
+            place=at,
             got=expected + error,
             expected=expected,
             error=_as_ratio(error),
@@ -157,51 +196,13 @@ class EntryComparison:
         return float(self._reference.left.hi[block, line]) * float(self._reference.right.hi[block, entry])
 
     def _buffer(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
-        size = shape.numel()
         held = self._buffers.get(name)
-        if held is None or held.numel() < size:
-            held = self._buffers[name] = torch.empty(size, dtype=torch.float64, device=device)
-        return held[:size].view(shape)
+        if held is None or held.shape != shape:
+            held = self._buffers[name] = torch.empty(shape, dtype=torch.float64, device=device)
+        return held
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """Which lines of which blocks a tile holds: takes their factors and reaches their diagonal entries."""
-
-    blocks: slice
-    lines: "slice | Tensor"
-
-    def of(self, factors: Tensor) -> Tensor:
-        """The tile's lines of per-line numbers [blocks, lines] or [blocks, lines, k]."""
-        rows = factors[self.blocks]
-        if isinstance(self.lines, slice):
-            return rows[:, self.lines]
-        index = self.lines if rows.dim() == 2 else self.lines[..., None].expand(-1, -1, rows.shape[2])
-        return rows.gather(1, index)
-
-    def line(self, block: int, position: int) -> int:
-        """The line's number in its block."""
-        if isinstance(self.lines, slice):
-            return int(self.lines.start) + position
-        return int(self.lines[block, position])
-
-    def diagonal(self, tile: Tensor) -> Tensor:
-        """The entries (line, line) of the tile, [b, l], as a copy."""
-        if isinstance(self.lines, slice):
-            return tile[:, :, self.lines].diagonal(dim1=1, dim2=2).clone()
-        return tile.gather(2, self.lines[..., None])[..., 0]
-
-    def set_diagonal(self, tile: Tensor, values: Tensor) -> None:
-        """Write the entries (line, line) of the tile."""
-        if isinstance(self.lines, slice):
-            tile[:, :, self.lines].diagonal(dim1=1, dim2=2).copy_(values)
-        else:
-            tile.scatter_(2, self.lines[..., None], values[..., None])
-
-
-def compare_product(
-    got: Tensor, product: Product, *, defined: Tensor | None, bar: Tensor | None = None
-) -> Worst:
+def compare_product(got: Tensor, product: Product, *, defined: Tensor | None, bar: Tensor | None = None) -> Worst:
     """The worst component of a product with the Jacobian [blocks, size]; its place is (block, 0, component)."""
     error = (got.to(torch.float64) - product.value.hi) - product.value.lo
     bound = product.bound if bar is None else product.bound + bar

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.functions.reference import JacobianBound, JacobianReference
-from gradcheck_cli.verdict.compare import EntryComparison, Worst
+from gradcheck_cli.verdict.compare import EntryComparison, Place, Worst
 
 CPU_TILE = 1 << 18
 """Float64 entries of a tile: 2 MiB, small enough for the shared cache and large enough to hide the calls."""
@@ -113,11 +113,10 @@ def compare_all(
         compute = source.session()
         for tile in _shared(queue):
             lines = compute(tile)
-            place = slice(tile.start, tile.stop)
+            place = Place(tile.first, tile.count, tile.start, tile.lines)
             comparison.update(
                 lines.values,
-                first=tile.first,
-                lines=place,
+                place=place,
                 bar=lines.bar,
                 scale=lines.scale,
                 bar_is_bound=lines.bar_is_bound,
