@@ -4,10 +4,12 @@ import contextlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from gradcheck_cli.errors import SoftcheckError
@@ -47,16 +49,26 @@ class UserCode:
     takes_upstream: bool = False
 
     def __call__(self, *arrays: object) -> object:
-        """The code's result for these arrays."""
+        """The code's result for these arrays; arrays among its options are copies, too."""
+        with self.running():
+            return self.call(*arrays, **{name: _own(value) for name, value in self.options.items()})
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around everything that runs the code, also from inside a framework's engine."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                return self.call(*arrays, **self.options)
+                yield
         except SystemExit as stop:
             raise SoftcheckError(f"{self.label} called sys.exit({stop.code!r})") from stop
         except (KeyboardInterrupt, MemoryError, SoftcheckError, NotImplementedError):
             raise
         except Exception as problem:  # the user's code may raise anything
             raise SoftcheckError(f"{self.label} raised {describe(problem)}", hint=_signature_hint(problem)) from problem
+
+
+def _own(option: object) -> object:
+    return deepcopy(option) if isinstance(option, Tensor | np.ndarray) else option
 
 
 def describe(problem: BaseException) -> str:

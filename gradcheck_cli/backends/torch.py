@@ -1,10 +1,14 @@
 """PyTorch: tensors on any device, reverse and forward mode through its public functions."""
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradcheck_cli.backends.base import Function, LinearMap, UnsupportedDerivative
-from gradcheck_cli.derivatives.line_sources import tangent_of
+from gradcheck_cli.derivatives.line_sources import make_dual, tangent_of
 from gradcheck_cli.errors import SoftcheckError
 
 
@@ -51,22 +55,36 @@ class TorchBackend:
 
     def forward(self, function: Function, point: Tensor) -> LinearMap:
         """J u by dual numbers at the point's own shape and layout."""
-        from torch.autograd import forward_ad
 
         def jvp(tangent: Tensor) -> Tensor:
-            with forward_ad.dual_level():
-                leaf = point.detach().clone(memory_format=torch.preserve_format)
-                dual = forward_ad.make_dual(leaf, tangent.to(leaf.dtype))  # type: ignore[no-untyped-call]  # in torch
-                try:
-                    value = function(dual)
-                except NotImplementedError as reason:
-                    raise UnsupportedDerivative(str(reason).splitlines()[0]) from reason
-                if not isinstance(value, Tensor):
-                    raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
-                return tangent_of(value).clone()
+            try:
+                return _jvp(function, point, tangent, make_dual)
+            except NotImplementedError:  # an operator without a forward formula of its own
+                pass
+            try:
+                return _jvp(function, point, tangent, _make_dual_with_decompositions)
+            except NotImplementedError as reason:
+                raise UnsupportedDerivative(str(reason).splitlines()[0]) from reason
 
         return jvp
 
     def device(self, tensor: Tensor) -> str:
         """The tensor's own device."""
         return str(tensor.device)
+
+
+def _jvp(function: Function, point: Tensor, tangent: Tensor, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        leaf = point.detach().clone(memory_format=torch.preserve_format)
+        value = function(make(leaf, tangent.to(leaf.dtype)))
+        if not isinstance(value, Tensor):
+            raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
+        return tangent_of(value).clone()
+
+
+def _make_dual_with_decompositions(point: Tensor, tangent: Tensor) -> Tensor:
+    """Also loads the rules of operators without a forward formula, which takes a fifth of torch's whole import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit.script
+        dual: Tensor = forward_ad.make_dual(point, tangent)  # type: ignore[no-untyped-call]  # in torch
+    return dual

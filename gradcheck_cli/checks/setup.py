@@ -107,8 +107,8 @@ def _cross_entropy(
         )
     weight = _weight(loss, layout, scores.dtype)
     if target.is_floating_point():
-        target = target.to(scores.dtype)
-    return CrossEntropy(
+        target = _in_dtype(target, scores.dtype, loss.target_origin)
+    chosen = CrossEntropy(
         layout=layout,
         target=target.to(device),
         weight=None if weight is None else weight.to(device),
@@ -117,10 +117,30 @@ def _cross_entropy(
         ignore_index=ignored,
         temperature=temperature,
     )
+    if chosen.averages_nothing:
+        raise SoftcheckError(
+            f"{loss.weight_origin}: the rows' classes have no weight, so their mean is 0/0",
+            hint="add --reduction sum",
+        )
+    return chosen
+
+
+def _in_dtype(values: Tensor, dtype: torch.dtype, origin: str) -> Tensor:
+    """The finite values in the scores' dtype, where they must stay finite."""
+    cast = values.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise SoftcheckError(f"{origin}: a value overflows in {dtype}, the dtype of the scores".replace("torch.", ""))
+    return cast
+
+
+def _refuse_complex(values: Tensor, origin: str) -> None:
+    if values.is_complex():
+        raise SoftcheckError(f"{origin}: holds complex numbers, not real ones")
 
 
 def _target(target: Tensor, layout: RowLayout, loss: LossOptions, ignored: int) -> Tensor:
     origin = loss.target_origin
+    _refuse_complex(target, origin)
     indices = layout.shape[: layout.axis] + layout.shape[layout.axis + 1 :]
     if tuple(target.shape) == layout.shape:
         return _distributions(target, origin)
@@ -159,6 +179,7 @@ def _distributions(target: Tensor, origin: str) -> Tensor:
 def _weight(loss: LossOptions, layout: RowLayout, dtype: torch.dtype) -> Tensor | None:
     if loss.weight is None:
         return None
+    _refuse_complex(loss.weight, loss.weight_origin)
     if tuple(loss.weight.shape) != (layout.length,):
         raise SoftcheckError(
             f"{loss.weight_origin}: class weights of shape {tuple(loss.weight.shape)}; "
@@ -166,4 +187,4 @@ def _weight(loss: LossOptions, layout: RowLayout, dtype: torch.dtype) -> Tensor 
         )
     if not bool(torch.isfinite(loss.weight).all()):
         raise SoftcheckError(f"{loss.weight_origin}: class weights must be finite")
-    return loss.weight.to(dtype)
+    return _in_dtype(loss.weight, dtype, loss.weight_origin)

@@ -88,7 +88,8 @@ class StructureCheck:
         direction = probe((blocks, size), index=index, seed=self._problem.seed + 1, dtype=dtype)
         return direction.to(self._reference.left.hi.device)
 
-    def _product(self, direction: Tensor) -> tuple[Tensor, Product]:
+    def _product(self, direction: Tensor) -> tuple[Tensor, Product, Tensor]:
+        """The product, its exact value and the direction that was really taken."""
         assert self._candidate.operator is not None
         lines = self._candidate.operator(direction)
         values = lines.values.to(torch.float64)
@@ -101,7 +102,7 @@ class StructureCheck:
             exact = product.value.where(~hidden, 0.0)
             product = Product(value=exact, bound=product.bound.masked_fill(hidden, 0.0))
         self._finite = self._finite and bool(torch.isfinite(values).all())
-        return values, product
+        return values, product, direction if lines.direction is None else lines.direction
 
     def _defined_outputs(self) -> Tensor:
         assert self._reference.defined is not None
@@ -111,7 +112,7 @@ class StructureCheck:
 
     def _constant_direction(self) -> tuple[Worst, tuple[int, ...]]:
         """1ᵀJ: every score may be shifted alike without changing the softmax."""
-        values, product = self._product(torch.ones_like(self._reference.left.hi))
+        values, product, _ = self._product(torch.ones_like(self._reference.left.hi))
         worst = compare_product(values, product, defined=self._reference.defined)
         return worst, (worst.place[0], worst.place[2])
 
@@ -120,7 +121,7 @@ class StructureCheck:
         layout = self._problem.layout
         found: list[Worst] = []
         for index in range(_DIRECTIONS):
-            values, product = self._product(self._direction(index))
+            values, product, _ = self._product(self._direction(index))
             shape = (-1, layout.length) if not self._candidate.by_column else values.shape
             exact = DoubleDouble(product.value.hi.reshape(shape), product.value.lo.reshape(shape)).sum()
             width = product.bound.reshape(shape).sum(-1, keepdim=True)
@@ -134,7 +135,7 @@ class StructureCheck:
         found: list[Worst] = []
         for index in range(_DIRECTIONS):
             u, v = self._direction(2 * index), self._direction(2 * index + 1)
-            (left, exact_left), (right, exact_right) = self._product(u), self._product(v)
+            (left, exact_left, u), (right, exact_right, v) = self._product(u), self._product(v)
             difference = (left * v).sum(-1, keepdim=True) - (right * u).sum(-1, keepdim=True)
             width = (exact_left.bound * v.abs()).sum(-1, keepdim=True)
             width = width + (exact_right.bound * u.abs()).sum(-1, keepdim=True)
@@ -151,9 +152,9 @@ class StructureCheck:
             directions += self._eigenvectors()
         found: list[Worst] = []
         for direction in directions:
-            values, product = self._product(direction)
-            form = (values * direction).sum(-1, keepdim=True)
-            width = (product.bound * direction.abs()).sum(-1, keepdim=True)
+            values, product, taken = self._product(direction)
+            form = (values * taken).sum(-1, keepdim=True)
+            width = (product.bound * taken.abs()).sum(-1, keepdim=True)
             zero = DoubleDouble.exact(torch.zeros_like(form))
             negative = torch.where(form > 0, 0.0, form)  # NaN stays
             found.append(compare_product(negative, Product(value=zero, bound=width), defined=None))

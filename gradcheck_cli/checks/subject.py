@@ -1,6 +1,8 @@
 """The implementation under test: its value, its hand-written rule, its own autodiff or its Jacobian."""
 
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -54,7 +56,13 @@ def backward_candidate(problem: Problem, subject: Subject, rule: UserCode) -> Ca
     return _candidate(problem, subject, rule.label, "hand-written backward", operator=operator)
 
 
+def _refuse_complex(answer: Tensor, label: str) -> None:
+    if answer.is_complex():
+        raise SoftcheckError(f"{label} returned complex numbers for real scores")
+
+
 def _gradient(gradient: Tensor, label: str, problem: Problem) -> Tensor:
+    _refuse_complex(gradient, label)
     if tuple(gradient.shape) != tuple(problem.scores.shape):
         raise SoftcheckError(
             f"{label} returned shape {tuple(gradient.shape)} for scores of shape {tuple(problem.scores.shape)}",
@@ -83,6 +91,7 @@ def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference:
     value = subject.backend.tensor(
         impl(subject.backend.native(problem.scores)), what=impl.label, like=problem.scores
     ).detach()
+    _refuse_complex(value, impl.label)
     if tuple(value.shape) != layout.output_shape:
         raise SoftcheckError(
             f"{impl.label} returned shape {tuple(value.shape)}, but {problem.function.name} of scores of shape "
@@ -158,9 +167,10 @@ def _autodiff_candidate(
         return skipped(row, f"no forward mode: {str(reason).splitlines()[0]}")
 
     def operator(direction: Tensor) -> Lines:
-        if by_column:
-            return Lines(layout.output_blocks(apply(layout.from_input_blocks(direction))))
-        return Lines(layout.input_blocks(apply(layout.from_output_blocks(direction))))
+        with impl.running():
+            if by_column:
+                return Lines(layout.output_blocks(apply(layout.from_input_blocks(direction))))
+            return Lines(layout.input_blocks(apply(layout.from_output_blocks(direction))))
 
     return _candidate(problem, subject, impl.label, method, by_column=by_column, operator=operator)
 
@@ -214,7 +224,8 @@ def _complex_candidate(
 
     def operator(direction: Tensor) -> Lines:
         step = layout.from_input_blocks(direction).cpu().numpy() * (1j * COMPLEX_STEP)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, when the code cannot take complex numbers
             value = np.asarray(impl(point + step))
         if value.dtype.kind != "c":
             raise UnsupportedDerivative("it gives real values for complex input")
@@ -265,16 +276,25 @@ def jacobian_candidate(problem: Problem, subject: Subject) -> Candidate:
     if matrix.is_complex():
         raise SoftcheckError(f"{label}: a Jacobian of real scores must be real, not {matrix.dtype}")
     dense, stray = _as_blocks(matrix, problem, label)
-    layout = problem.layout
+
+    finite = bool(torch.isfinite(dense).all())
 
     def operator(direction: Tensor) -> Lines:
-        value = torch.einsum("bi,bij->bj", direction, dense.double())
+        if finite and stray is None:
+            return Lines(torch.einsum("bi,bij->bj", direction, dense.double()))
+        used = (direction != 0).any(0)  # a NaN in a line with weight 0 belongs to another entry
+        weights = direction[:, used]
+        value = _weighted(dense[:, used].double(), weights[:, :, None]).sum(1)
         if stray is not None:
-            value = value + torch.einsum("bi,bicj->cj", direction, stray)
+            value = value + _weighted(stray[:, used], weights[:, :, None, None]).sum((0, 1))
         return Lines(value)
 
     narrow = _coarser(matrix.dtype, problem.scores.dtype)
-    return _candidate(problem, subject, label, method, dtype=narrow, operator=operator, largest=max(layout.entries, 1))
+    return _candidate(problem, subject, label, method, dtype=narrow, operator=operator, largest=sys.maxsize)
+
+
+def _weighted(lines: Tensor, weights: Tensor) -> Tensor:
+    return (lines * weights).masked_fill(weights == 0, 0.0)
 
 
 def _coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:

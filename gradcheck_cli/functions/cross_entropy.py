@@ -68,6 +68,11 @@ class CrossEntropy(RowFunction):
         """Whether the target holds class indices."""
         return not self.target.is_floating_point()
 
+    @property
+    def averages_nothing(self) -> bool:
+        """Whether the mean divides by a total weight of zero."""
+        return not bool(torch.isfinite(self._scale.hi).all())
+
     def options(self) -> dict[str, object]:
         """What code under test may name: target, weight, reduction, label_smoothing, ignore_index, temperature."""
         return {
