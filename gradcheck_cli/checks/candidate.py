@@ -170,8 +170,9 @@ class CandidateCheck:
             self._has_bar = bar is not None
             done += index.numel()
             self._advance(done, lines, label)
-        assert comparison.worst is not None
-        return comparison.worst
+        worst = comparison.finish()
+        assert worst is not None
+        return worst
 
     def _stacked(self, lines: "range | list[int]") -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Products with unit directions, several lines to a tile.
@@ -236,8 +237,9 @@ class CandidateCheck:
         comparison = EntryComparison(self._reference, self._bound, exact=self._candidate.dtype == torch.float64)
         for values, bar, index in self._stacked(lines):
             comparison.update(values, place=Place(0, index.shape[0], 0, index.shape[1], index), bar=bar)
-        assert comparison.worst is not None
-        return comparison.worst
+        worst = comparison.finish()
+        assert worst is not None
+        return worst
 
     def _place(self, worst: Worst, *, is_entry: bool) -> tuple[int, ...]:
         block, line, entry = worst.place

@@ -107,7 +107,7 @@ class _Stack:
         self._blocks = blocks
         self._shape: tuple[int, int, int] | None = None
         self._points = self._own = self._moving = torch.empty(0)
-        self._values: list[Tensor] = []
+        self._values: dict[int, Tensor] = {}
         self._first = 0
         self._centre: Tensor | None = None
         self.inverse_step = torch.empty(0)
@@ -118,7 +118,7 @@ class _Stack:
         rows = self._blocks.scores[tile.first : tile.first + tile.count]
         if self._shape != shape or self._first != tile.first:
             self._points = rows[:, None, :].expand(shape).clone()
-            self._values = [rows.new_empty(*shape[:2], self._blocks.outputs) for _ in range(6)]
+            self._values = {}
             self._shape, self._first, self._centre = shape, tile.first, None
         else:
             self._moving.copy_(self._own)
@@ -136,6 +136,8 @@ class _Stack:
     def moved(self, step: float, *, slot: int) -> Tensor:
         """f(x + h e_j) for every line, in one of six buffers."""
         torch.add(self._own, step, out=self._moving)
+        if slot not in self._values:
+            self._values[slot] = self._points.new_empty(*self._points.shape[:2], self._blocks.outputs)
         return self._value(self._values[slot])
 
     def difference(self, step: float, *, slot: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcheck_cli.functions.base import ClosedForm, Row, RowFunction
 from gradcheck_cli.functions.reference import JacobianReference
-from gradcheck_cli.verdict.stream import Compute, Lines, Tile
+from gradcheck_cli.verdict.stream import CPU_TILE, Compute, Lines, Tile
 
 COMPLEX_STEP = 2.0**-60
 """Imaginary step near 1e-18: its square is 20 digits below rounding, so that there is no truncation error.
@@ -38,6 +38,8 @@ def unit_lines(tile: Tile, *, device: torch.device) -> Tensor:
 class Unscoped:
     """A method that needs nothing around its sessions."""
 
+    tile = CPU_TILE
+
     def scope(self) -> AbstractContextManager[object]:
         """Nothing to enter."""
         return nullcontext()
@@ -47,6 +49,7 @@ class TorchReverse(Unscoped):
     """Rows of the Jacobian by torch's reverse mode: the gradient of each output in turn."""
 
     parallel = True
+    tile = CPU_TILE // 2  # autograd's results are fresh memory, which the allocator gives back when it is larger
 
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks
@@ -77,6 +80,7 @@ class TorchForward:
     """Columns of the Jacobian by torch's forward mode: the tangent of each input in turn."""
 
     parallel = True
+    tile = CPU_TILE // 2
 
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks

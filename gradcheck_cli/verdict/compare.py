@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcheck_cli.functions.double_double import split
+from gradcheck_cli.functions.double_double import DoubleDouble, split
 from gradcheck_cli.functions.reference import (
     ROUNDING_SAFETY,
     JacobianBound,
@@ -75,12 +75,52 @@ class Place:
             return tile.narrow(2, self.start, self.lines).diagonal(0, 1, 2)
         return tile.gather(2, self.index[..., None])[..., 0]
 
-    def set_diagonal(self, tile: Tensor, values: Tensor) -> None:
-        """Write the entries (line, line) of the tile."""
+    def clear_diagonal(self, tile: Tensor) -> None:
+        """Set the entries (line, line) of the tile to zero."""
         if self.index is None:
-            self.diagonal(tile).copy_(values)
+            self.diagonal(tile).zero_()
         else:
-            tile.scatter_(2, self.index[..., None], values[..., None])
+            tile.scatter_(2, self.index[..., None], 0.0)
+
+    def store(self, values: Tensor, into: Tensor) -> None:
+        """Write [b, l] values of the tile's lines into [blocks, lines]."""
+        if self.index is None:
+            self.of(into).copy_(values)
+        else:
+            self.blocks_of(into).scatter_(1, self.index, values)
+
+
+class _Diagonal:
+    """Diagonal entries, set aside tile by tile and compared at the end.
+
+    They are not of the form left · right, and giving each tile its own few would cost more calls than the rest.
+    """
+
+    def __init__(self, exact: DoubleDouble, bound: Tensor) -> None:
+        self.seen = False
+        self._exact, self._bound = exact, bound
+        self._got = exact.hi.clone()
+        self._bar: Tensor | None = None
+        self._scale, self._bar_is_bound = 1.0, False
+
+    def keep(self, tile: Tensor, place: Place, *, bar: Tensor | None, scale: float, bar_is_bound: bool) -> None:
+        """Set the tile's diagonal entries and their bars aside."""
+        if not self.seen:
+            self.seen, self._scale, self._bar_is_bound = True, scale, bar_is_bound
+            self._got.div_(scale)  # lines that another worker sees stay exact here
+        place.store(place.diagonal(tile), self._got)
+        if bar is not None:
+            if self._bar is None:
+                self._bar = torch.ones_like(self._got)
+            place.store(place.diagonal(bar), self._bar)
+
+    def compare(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors and bounds of all diagonal entries, [blocks, lines]."""
+        error = (self._got * self._scale - self._exact.hi) - self._exact.lo
+        if self._bar_is_bound and self._bar is not None:
+            return error, self._bar
+        width = self._bound + (left * right.transpose(1, 2)).sum(-1)
+        return error, width if self._bar is None else width + self._bar
 
 
 class EntryComparison:
@@ -94,7 +134,10 @@ class EntryComparison:
     def __init__(self, reference: JacobianReference, bound: JacobianBound, *, exact: bool) -> None:
         self.worst: Worst | None = None
         self._reference = reference
-        self._diagonal_bound = bound.diagonal
+        self._diagonal = None
+        if reference.diagonal is not None:
+            assert bound.diagonal is not None
+            self._diagonal = _Diagonal(reference.diagonal, bound.diagonal)
         left, right = reference.left, reference.right
         self._terms: tuple[tuple[Tensor, Tensor], ...]
         if exact:
@@ -110,7 +153,6 @@ class EntryComparison:
             )
         else:
             self._terms = ((left.hi[..., None], right.hi[:, None, :]),)
-        self._minus_diagonal = torch.empty(0) if reference.diagonal is None else -reference.diagonal.hi
         floor = torch.full_like(bound.left[..., :1], bound.floor)
         self._bound_left = torch.cat([bound.left, floor], dim=-1)
         self._bound_right = torch.cat([bound.right, torch.ones_like(bound.right[:, :1])], dim=-2)
@@ -129,51 +171,55 @@ class EntryComparison:
 
         See `Lines` for `scale` and `bar_is_bound`.
         """
-        error = self._error(tile, place, scale)
-        if bar is not None and bar_is_bound:
-            width = bar
-        else:
-            width = self._width(tile.shape, place)
-            if bar is not None:
-                width.add_(bar)
-        ratio = error.div_(width)
-        if self._reference.defined is not None:
-            ratio.masked_fill_(~self._defined(place), 0.0)
-        lowest, highest = torch.aminmax(ratio)
-        largest = max(_as_ratio(float(lowest)), _as_ratio(float(highest)))
-        if self.worst is None or largest > self.worst.ratio:
-            self._remember(ratio, width, place)
-
-    def _error(self, tile: Tensor, place: Place, scale: float) -> Tensor:
         if tile.dtype != torch.float64:
             tile = self._buffer("error", tile.shape, tile.device).copy_(tile)
-        diagonal = self._reference.diagonal
-        if diagonal is not None:
-            own = torch.add(place.of(self._minus_diagonal), place.diagonal(tile), alpha=scale)
+        if self._diagonal is not None:
+            self._diagonal.keep(tile, place, bar=bar, scale=scale, bar_is_bound=bar_is_bound)
         for left, right in self._terms:
             torch.baddbmm(tile, place.of(left), place.blocks_of(right), beta=scale, alpha=-1, out=tile)
             scale = 1.0
-        if diagonal is not None:
-            place.set_diagonal(tile, own.sub_(place.of(diagonal.lo)))
-        return tile
+        if self._diagonal is not None:
+            place.clear_diagonal(tile)
+        if bar is not None and bar_is_bound:
+            width = bar
+        else:
+            width = self._buffer("width", tile.shape, tile.device)
+            torch.bmm(place.of(self._bound_left), place.blocks_of(self._bound_right), out=width)
+            if bar is not None:
+                width.add_(bar)
+        self._judge(tile, width, place)
 
-    def _width(self, shape: torch.Size, place: Place) -> Tensor:
-        width = self._buffer("width", shape, self._bound_left.device)
-        torch.bmm(place.of(self._bound_left), place.blocks_of(self._bound_right), out=width)
-        if self._diagonal_bound is not None:
-            place.set_diagonal(width, place.diagonal(width) + place.of(self._diagonal_bound))
-        return width
+    def finish(self) -> Worst | None:
+        """The worst entry of all tiles, now with the diagonal entries, which are compared all at once."""
+        if self._diagonal is not None and self._diagonal.seen:
+            error, width = self._diagonal.compare(self._bound_left, self._bound_right)
+            lines = torch.arange(error.shape[1], device=error.device).expand(error.shape[0], -1)
+            place = Place(0, error.shape[0], 0, error.shape[1], lines)
+            self._judge(error[..., None], width[..., None], place, on_diagonal=True)
+        return self.worst
 
-    def _defined(self, place: Place) -> Tensor:
+    def _judge(self, error: Tensor, width: Tensor, place: Place, *, on_diagonal: bool = False) -> None:
+        ratio = error.div_(width)
+        if self._reference.defined is not None:
+            ratio.masked_fill_(~self._defined(place, on_diagonal=on_diagonal), 0.0)
+        lowest, highest = torch.aminmax(ratio)
+        largest = max(_as_ratio(float(lowest)), _as_ratio(float(highest)))
+        if self.worst is None or largest > self.worst.ratio:
+            self._remember(ratio, width, place, on_diagonal=on_diagonal)
+
+    def _defined(self, place: Place, *, on_diagonal: bool) -> Tensor:
         defined = self._reference.defined
         assert defined is not None
+        if on_diagonal:
+            return defined[..., None]
         return place.of(defined)[..., None] if self._reference.by_column else place.blocks_of(defined)[:, None, :]
 
-    def _remember(self, ratio: Tensor, width: Tensor, place: Place) -> None:
+    def _remember(self, ratio: Tensor, width: Tensor, place: Place, *, on_diagonal: bool) -> None:
         flat = int(ratio.abs().argmax())
         block, rest = divmod(flat, ratio.shape[1] * ratio.shape[2])
         line, entry = divmod(rest, ratio.shape[2])
-        at = (place.first + block, place.line(block, line), entry)
+        number = place.line(block, line)
+        at = (place.first + block, number, number if on_diagonal else entry)
         bound = float(width[block, line, entry])
         error = float(ratio[block, line, entry]) * bound
         expected = self._expected(at)
