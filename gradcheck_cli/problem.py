@@ -94,6 +94,11 @@ def user_code(target: object, *, label: str, available: Mapping[str, object], ta
     """The callable with those of the available options that its signature names; SoftcheckError if not callable."""
     if inspect.isclass(target) and hasattr(target, "apply") and hasattr(target, "backward"):
         target = target.apply  # a torch.autograd.Function is called through apply
+    if inspect.isclass(target):
+        raise SoftcheckError(
+            f"{label} is a class, not a function of the scores",
+            hint="name an object of it, made in the same file: model = Model(), then file.py:model",
+        )
     if not callable(target):
         raise SoftcheckError(f"{label} is {type(target).__name__}, not something that can be called")
     try:

@@ -760,6 +760,17 @@ def test_methods(run):
         nothing = run(x, "--method", method)
         assert (nothing.code, nothing.out) == (2, "")
         assert "nothing to check" in nothing.err
+    empty = run(x, "--method", "")
+    assert (empty.code, empty.out) == (2, "")
+    assert "--method is empty" in empty.err
+
+
+def test_a_class_is_not_an_object(run):
+    Path("model.py").write_text("import torch\nclass Model(torch.nn.Module): pass\n")
+    outcome = run(saved(random(7)), "--impl", "model.py:Model")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is a class" in outcome.err
+    assert "hint: name an object" in outcome.err
 
 
 def test_structural_checks_stand_below(run):

@@ -116,10 +116,11 @@ def test_one_wrong_entry_is_found_and_named() -> None:
 
 def test_saturated_scores_cannot_be_verified_and_say_so() -> None:
     x = torch.tensor([2000.0, 0.0, -500.0], dtype=torch.float64)
-    results = run(problem_of(x), methods=("torch-reverse",))
-    assert results[0].verdict is Verdict.INCONCLUSIVE
-    assert results[0].reason is not None
-    assert "saturated" in results[0].reason
+    for result in run(problem_of(x)):
+        if result.check == "derivative":
+            assert result.verdict is Verdict.INCONCLUSIVE, result
+            assert result.reason is not None
+            assert "saturated" in result.reason
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

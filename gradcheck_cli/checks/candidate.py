@@ -228,6 +228,8 @@ class CandidateCheck:
         if lines.bar is None:
             return detectable_entries(self._reference, self._bound)
         value = self._reference.left.hi[block, line] * self._reference.right.hi[block]
+        if self._reference.diagonal is not None:
+            value[line] = self._reference.diagonal.hi[block, line]
         return detectable_ratio(value, lines.bar[0, 0] + self._bound.floor, defined=None)
 
     def _locate(self) -> Worst:

@@ -97,8 +97,10 @@ def resolve_methods(wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The built-in methods whose names begin with one of the wanted words; all of them without any word."""
     known = (REFERENCE_METHOD, *METHODS)
     words = [word.strip() for value in wanted for word in value.split(",") if word.strip()]
-    if not words:
+    if not wanted:
         return known
+    if not words:
+        raise SoftcheckError("--method is empty", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
     chosen: set[str] = set()
     for word in words:
         found = [name for name in known if name.startswith(word)]
