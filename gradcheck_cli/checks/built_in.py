@@ -118,22 +118,21 @@ def _closed_form_operator(context: Context, *, in_numpy: bool) -> Operator:
     blocks = context.blocks
     scores = blocks.scores.cpu() if in_numpy else blocks.scores
 
-    def by_torch(block: int, cotangent: Tensor) -> Tensor:
-        form = blocks.function.closed_form(scores[block], block)
-        v = cotangent.to(form.left.dtype)
-        value = (v * form.left).sum() * form.right
+    def by_torch(direction: Tensor) -> Tensor:
+        form = blocks.function.closed_form(scores, 0)
+        v = direction.to(form.left.dtype)
+        value = (v * form.left).sum(-1, keepdim=True) * form.right
         return value if form.slope is None else value + v * form.slope
 
-    def by_numpy(block: int, cotangent: Tensor) -> Tensor:
-        form = blocks.function.closed_form(scores[block].numpy(), block)
-        v = cotangent.cpu().numpy().astype(form.left.dtype)
-        total = (v * form.left).sum(dtype=accumulator(v.dtype)).astype(v.dtype)
+    def by_numpy(direction: Tensor) -> Tensor:
+        form = blocks.function.closed_form(scores.numpy(), 0)
+        v = direction.cpu().numpy().astype(form.left.dtype)
+        total = (v * form.left).sum(axis=-1, keepdims=True, dtype=accumulator(v.dtype)).astype(v.dtype)
         value = total * form.right if form.slope is None else total * form.right + v * form.slope
-        return torch.from_numpy(value).to(cotangent.device)
+        return torch.from_numpy(value).to(direction.device)
 
     def operator(direction: Tensor) -> Lines:
-        product = by_numpy if in_numpy else by_torch
-        return Lines(torch.stack([product(block, row) for block, row in enumerate(direction)]))
+        return Lines(by_numpy(direction) if in_numpy else by_torch(direction))
 
     return operator
 

@@ -1,8 +1,8 @@
 """The built-in methods that give a row-wise function's Jacobian line by line, in tiles."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 import torch
@@ -131,20 +131,17 @@ class TorchClosedForm(Unscoped):
         self._blocks = blocks
 
     def session(self) -> Compute:
-        """Writes δ_ij · slope_i + left_i · right_j, with the textbook's diagonal."""
+        """Writes left_i · right_j, with the textbook's diagonal."""
         blocks = self._blocks
-        row_form = _remembered(lambda block: blocks.function.closed_form(blocks.scores[block], block))
+        forms = _Remembered(blocks.function, blocks.scores)
         buffer = _Reused(blocks.scores)
 
         def compute(tile: Tile) -> Lines:
-            shape = (tile.count, tile.lines, blocks.scores.shape[1])
-            lines = buffer(shape)
-            for offset in range(tile.count):
-                form = row_form(tile.first + offset)
-                left, own = form.left[tile.start : tile.stop], slice(tile.start, tile.stop)
-                torch.mul(left[:, None], form.right, out=lines[offset])
-                if form.diagonal is not None:
-                    lines[offset, :, own].diagonal().copy_(form.diagonal[own])
+            form, own = forms(tile), slice(tile.start, tile.stop)
+            lines = buffer((tile.count, tile.lines, blocks.scores.shape[1]))
+            torch.mul(form.left[:, own, None], form.right[:, None, :], out=lines)
+            if form.diagonal is not None:
+                lines[:, :, own].diagonal(0, 1, 2).copy_(form.diagonal[:, own])
             return Lines(lines)
 
         return compute
@@ -159,21 +156,18 @@ class NumpyClosedForm(Unscoped):
         self._blocks = blocks
 
     def session(self) -> Compute:
-        """Writes δ_ij · slope_i + left_i · right_j, with the textbook's diagonal."""
+        """Writes left_i · right_j, with the textbook's diagonal."""
         blocks = self._blocks
-        scores = blocks.scores.cpu().numpy()
-        row_form = _remembered(lambda block: blocks.function.closed_form(scores[block], block))
+        forms = _Remembered(blocks.function, blocks.scores.cpu().numpy())
         buffer = _Reused(blocks.scores.cpu())
 
         def compute(tile: Tile) -> Lines:
-            held = buffer((tile.count, tile.lines, scores.shape[1]))
+            form, own = forms(tile), np.arange(tile.lines)
+            held = buffer((tile.count, tile.lines, blocks.scores.shape[1]))
             lines = held.numpy()
-            own = np.arange(tile.lines)
-            for offset in range(tile.count):
-                form = row_form(tile.first + offset)
-                np.multiply(form.left[tile.start : tile.stop, None], form.right, out=lines[offset])
-                if form.diagonal is not None:
-                    lines[offset, own, tile.start + own] = form.diagonal[tile.start : tile.stop]
+            np.multiply(form.left[:, tile.start : tile.stop, None], form.right[:, None, :], out=lines)
+            if form.diagonal is not None:
+                lines[:, own, tile.start + own] = form.diagonal[:, tile.start : tile.stop]
             return Lines(held.to(blocks.scores.device))
 
         return compute
@@ -191,35 +185,30 @@ class TextbookLoop(Unscoped):
     def session(self) -> Compute:
         """Visits every (i, j) with `if i == j`."""
         blocks = self._blocks
-        scores = blocks.scores.cpu() if self._in_numpy else blocks.scores
 
         def compute(tile: Tile) -> Lines:
-            lines = torch.empty(
-                (tile.count, tile.lines, blocks.scores.shape[1]),
-                dtype=blocks.scores.dtype,
-                device=blocks.scores.device,
-            )
-            for offset in range(tile.count):
-                block = tile.first + offset
-                if self._in_numpy:
-                    _visit(blocks.function.closed_form(scores[block].numpy(), block), lines[offset], tile.start)
-                else:
-                    _visit(blocks.function.closed_form(blocks.scores[block], block), lines[offset], tile.start)
+            scores = blocks.scores[tile.first : tile.first + tile.count]
+            lines = scores.new_empty(tile.count, tile.lines, scores.shape[1])
+            if self._in_numpy:
+                _visit(blocks.function.closed_form(scores.cpu().numpy(), tile.first), lines, tile.start)
+            else:
+                _visit(blocks.function.closed_form(scores, tile.first), lines, tile.start)
             return Lines(lines)
 
         return compute
 
 
 def _visit(form: ClosedForm[Row], lines: Tensor, start: int) -> None:
-    for line in range(lines.shape[0]):
-        for entry in range(lines.shape[1]):
-            lines[line, entry] = _two_cases(form, start + line, entry)
+    for block in range(lines.shape[0]):
+        for line in range(lines.shape[1]):
+            for entry in range(lines.shape[2]):
+                lines[block, line, entry] = _two_cases(form, block, start + line, entry)
 
 
-def _two_cases(form: ClosedForm[Row], i: int, j: int) -> float:
+def _two_cases(form: ClosedForm[Row], block: int, i: int, j: int) -> float:
     if i == j and form.diagonal is not None:
-        return float(form.diagonal[i])
-    return float(form.left[i] * form.right[j])
+        return float(form.diagonal[block, i])
+    return float(form.left[block, i] * form.right[block, j])
 
 
 class ComplexStep(Unscoped):
@@ -278,14 +267,16 @@ class _Reused:
         return self._held[:size].view(shape)
 
 
-def _remembered(form: Callable[[int], ClosedForm[Row]]) -> Callable[[int], ClosedForm[Row]]:
-    """The last block's form, kept while its lines are being written."""
-    held: dict[int, ClosedForm[Row]] = {}
+class _Remembered(Generic[Row]):
+    """The closed form of the last blocks, kept while their lines are being written."""
 
-    def lookup(block: int) -> ClosedForm[Row]:
-        if block not in held:
-            held.clear()
-            held[block] = form(block)
-        return held[block]
+    def __init__(self, function: RowFunction, scores: Row) -> None:
+        self._function = function
+        self._scores: Row = scores
+        self._held: tuple[int, int, ClosedForm[Row]] | None = None
 
-    return lookup
+    def __call__(self, tile: Tile) -> ClosedForm[Row]:
+        if self._held is None or self._held[:2] != (tile.first, tile.count):
+            scores = self._scores[tile.first : tile.first + tile.count]
+            self._held = (tile.first, tile.count, self._function.closed_form(scores, tile.first))
+        return self._held[2]

@@ -20,10 +20,11 @@ Row = TypeVar("Row", Tensor, Array)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedForm(Generic[Row]):
-    """The textbook formula in working precision for one row: J_ij = δ_ij · slope_i + left_i · right_j.
+    """The textbook formula in working precision: J_ij = δ_ij · slope_i + left_i · right_j in every block.
 
-    The members are tensors or NumPy arrays, whichever the row was; `diagonal` is the whole diagonal entry as the
-    textbook writes it, s_i (1 - s_i). `slope` and `diagonal` are None where there is one output.
+    The members are tensors or NumPy arrays, whichever the scores were: left [b, outputs], the others [b, inputs].
+    `diagonal` is the whole diagonal entry as the textbook writes it, s_i (1 - s_i). `slope` and `diagonal` are None
+    where there is one output.
     """
 
     left: Row
@@ -63,8 +64,8 @@ class RowFunction(ABC):
         """The same in NumPy, for real or complex input (the shift is by the largest real part)."""
 
     @abstractmethod
-    def closed_form(self, row: Row, block: int) -> ClosedForm[Row]:
-        """The formula of textbooks in the row's own precision and framework, for one block."""
+    def closed_form(self, blocks: Row, first: int) -> ClosedForm[Row]:
+        """The formula of textbooks in the scores' own precision and framework, for blocks first … [b, inputs]."""
 
     @abstractmethod
     def reference(self, layout: RowLayout, scores: Tensor) -> JacobianReference:

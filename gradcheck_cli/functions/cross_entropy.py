@@ -118,17 +118,16 @@ class CrossEntropy(RowFunction):
         value: Array = -(terms.sum(axis=-1) * scale).sum(axis=-1, keepdims=True)
         return value
 
-    def closed_form(self, row: Row, block: int) -> ClosedForm[Row]:
-        """κ (s_j Σ t - t_j) / T in the row's precision."""
-        grouped = row.reshape(-1, self._length)
-        first = block * grouped.shape[0]
-        target, scale = self._mass.hi[first : first + grouped.shape[0]], self._scale.hi[first : first + 1, 0]
-        right = row.clone() if isinstance(row, Tensor) else row.copy()
-        for place in range(grouped.shape[0]):
-            own = _like(target[place], row)
-            softmax = row_softmax(grouped[place], self.temperature)
-            right[place * self._length : (place + 1) * self._length] = softmax * own.sum() - own
-        return ClosedForm(left=_like(scale / self.temperature, row), right=right)
+    def closed_form(self, blocks: Row, first: int) -> ClosedForm[Row]:
+        """κ (s_j Σ t - t_j) / T in the scores' precision."""
+        count, inputs = blocks.shape
+        rows = inputs // self._length
+        mass, scale = self._target_rows(first, count, rows)
+        own = _like(mass[:, 0], blocks)
+        softmax = row_softmax(blocks.reshape(count, rows, self._length), self.temperature)
+        gradient = softmax * own.sum(-1)[..., None] - own
+        left = _like(scale[:, 0, :1] / self.temperature, blocks)
+        return ClosedForm(left=left, right=gradient.reshape(count, inputs))
 
     def reference(self, layout: RowLayout, scores: Tensor) -> JacobianReference:
         """The gradient and the bound κ ((exp(u (c + d_j)) - 1) s_j Σt + u c t_j) / T + 4 η."""
@@ -235,8 +234,8 @@ def _reshaped(number: DoubleDouble, shape: tuple[int, ...]) -> DoubleDouble:
     return DoubleDouble(number.hi.reshape(shape), number.lo.reshape(shape))
 
 
-def _like(values: Tensor, row: Row) -> Row:
-    if isinstance(row, Tensor):
-        return values.to(row.device, row.dtype)
-    own: Array = values.numpy().astype(row.dtype)
+def _like(values: Tensor, scores: Row) -> Row:
+    if isinstance(scores, Tensor):
+        return values.to(scores.device, scores.dtype)
+    own: Array = values.numpy().astype(scores.dtype)
     return own

@@ -38,10 +38,10 @@ class LogSumExp(RowFunction):
         value: Array = np.log(total) + scaled.real.max(axis=-1, keepdims=True)
         return value
 
-    def closed_form(self, row: Row, block: int) -> ClosedForm[Row]:  # noqa: ARG002
+    def closed_form(self, blocks: Row, first: int) -> ClosedForm[Row]:  # noqa: ARG002
         """The softmax itself."""
-        s = row_softmax(row, self.temperature)
-        one = s[:1] * 0 + 1
+        s = row_softmax(blocks, self.temperature)
+        one = s[:, :1] * 0 + 1
         return ClosedForm(left=one if self.temperature == 1 else one / self.temperature, right=s)
 
     def reference(self, layout: RowLayout, scores: Tensor) -> JacobianReference:

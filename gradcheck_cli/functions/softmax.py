@@ -30,16 +30,17 @@ def accumulator(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     return np.result_type(dtype, np.float32)
 
 
-def row_softmax(row: Row, temperature: float) -> Row:
-    """Softmax of one row in its own precision, by the shifted formula."""
-    scaled = row if temperature == 1 else row / temperature
+def row_softmax(rows: Row, temperature: float) -> Row:
+    """Softmax along the last axis in the scores' own precision, by the shifted formula."""
+    scaled = rows if temperature == 1 else rows / temperature
     if isinstance(scaled, Tensor):
-        weights = torch.exp(scaled - scaled.max())
-        return weights / weights.sum()
+        weights = torch.exp(scaled - scaled.amax(-1, keepdim=True))
+        return weights / weights.sum(-1, keepdim=True)
     with np.errstate(invalid="ignore"):  # a fully masked row is nan, as in torch
-        exponentials = np.exp(scaled - scaled.max())
-        share: Array = exponentials / exponentials.sum(dtype=accumulator(exponentials.dtype))
-    return share.astype(row.dtype)
+        exponentials = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        total = exponentials.sum(axis=-1, keepdims=True, dtype=accumulator(exponentials.dtype))
+        share: Array = exponentials / total
+    return share.astype(rows.dtype)
 
 
 def floor_of(rounding: Rounding, temperature: float) -> float:
@@ -67,9 +68,9 @@ class Softmax(RowFunction):
         total: Array = weights / weights.sum(axis=-1, keepdims=True)
         return total
 
-    def closed_form(self, row: Row, block: int) -> ClosedForm[Row]:  # noqa: ARG002
+    def closed_form(self, blocks: Row, first: int) -> ClosedForm[Row]:  # noqa: ARG002
         """s_i (1 - s_i) on the diagonal and -s_i s_j beside it."""
-        s = row_softmax(row, self.temperature)
+        s = row_softmax(blocks, self.temperature)
         over = s if self.temperature == 1 else s / self.temperature
         return ClosedForm(left=-over, right=s, slope=over, diagonal=over * (1 - s))
 
@@ -128,9 +129,9 @@ class LogSoftmax(RowFunction):
         difference: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
         return difference
 
-    def closed_form(self, row: Row, block: int) -> ClosedForm[Row]:  # noqa: ARG002
+    def closed_form(self, blocks: Row, first: int) -> ClosedForm[Row]:  # noqa: ARG002
         """1 - s_i on the diagonal and -s_j beside it."""
-        s = row_softmax(row, self.temperature)
+        s = row_softmax(blocks, self.temperature)
         one = s * 0 + 1
         over = one if self.temperature == 1 else one / self.temperature
         return ClosedForm(left=-over, right=s, slope=over, diagonal=over * (1 - s))
