@@ -152,3 +152,10 @@ def test_a_mistake_that_depends_on_the_size_is_not_given_a_wrong_name() -> None:
     assert result.diagnosis is not None
     assert result.diagnosis.code == "unrecognised"
     assert "size" in result.diagnosis.message
+
+
+@pytest.mark.parametrize("offset", [1e12, 1e15, 1e17])
+def test_scores_so_large_that_no_step_is_seen_are_not_accused(offset: float) -> None:
+    for n in (5, 1500):
+        results = run(problem_of(torch.arange(float(n), dtype=torch.float64) * 8 + offset))
+        assert accused(results) == []

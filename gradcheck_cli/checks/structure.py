@@ -20,7 +20,7 @@ Law = Callable[[], tuple[Worst, tuple[int, ...]]]
 """Measures a law: the largest deviation in units of its bound, and its place."""
 
 _EIGENVALUES_UP_TO = 128
-_DIRECTIONS = 4
+_DIRECTIONS = 2
 
 
 class StructureCheck:
@@ -32,6 +32,7 @@ class StructureCheck:
         self._reference = reference.transposed() if candidate.by_column else reference
         self._bound = self._reference.bound_for(Rounding.of(candidate.dtype))
         self._finite = True
+        self._known: dict[int, tuple[Tensor, Product, Tensor]] = {}
 
     def run(self) -> Iterator[CheckResult]:
         """One result per law that applies to the function."""
@@ -82,6 +83,12 @@ class StructureCheck:
             seconds=time.perf_counter() - started,
         )
 
+    def _along(self, index: int) -> tuple[Tensor, Product, Tensor]:
+        """The product with random direction number `index`, which several laws share."""
+        if index not in self._known:
+            self._known[index] = self._product(self._direction(index))
+        return self._known[index]
+
     def _direction(self, index: int) -> Tensor:
         blocks, size = self._reference.left.hi.shape
         dtype = self._problem.scores.dtype
@@ -121,7 +128,7 @@ class StructureCheck:
         layout = self._problem.layout
         found: list[Worst] = []
         for index in range(_DIRECTIONS):
-            values, product, _ = self._product(self._direction(index))
+            values, product, _ = self._along(index)
             shape = (-1, layout.length) if not self._candidate.by_column else values.shape
             exact = DoubleDouble(product.value.hi.reshape(shape), product.value.lo.reshape(shape)).sum()
             width = product.bound.reshape(shape).sum(-1, keepdim=True)
@@ -134,8 +141,7 @@ class StructureCheck:
         """uᵀJv against vᵀJu."""
         found: list[Worst] = []
         for index in range(_DIRECTIONS):
-            u, v = self._direction(2 * index), self._direction(2 * index + 1)
-            (left, exact_left, u), (right, exact_right, v) = self._product(u), self._product(v)
+            (left, exact_left, u), (right, exact_right, v) = self._along(2 * index), self._along(2 * index + 1)
             difference = (left * v).sum(-1, keepdim=True) - (right * u).sum(-1, keepdim=True)
             width = (exact_left.bound * v.abs()).sum(-1, keepdim=True)
             width = width + (exact_right.bound * u.abs()).sum(-1, keepdim=True)
@@ -147,12 +153,11 @@ class StructureCheck:
     def _sign(self) -> tuple[Worst, tuple[int, ...]]:
         """The most negative vᵀJv over random v and, for small n, over the eigenvectors of J."""
         reference = self._reference
-        directions = [self._direction(index) for index in range(_DIRECTIONS)]
+        products = [self._along(index) for index in range(2 * _DIRECTIONS)]
         if reference.inputs == reference.outputs <= _EIGENVALUES_UP_TO and reference.left.shape[0] == 1:
-            directions += self._eigenvectors()
+            products += [self._product(direction) for direction in self._eigenvectors()]
         found: list[Worst] = []
-        for direction in directions:
-            values, product, taken = self._product(direction)
+        for values, product, taken in products:
             form = (values * taken).sum(-1, keepdim=True)
             width = (product.bound * taken.abs()).sum(-1, keepdim=True)
             zero = DoubleDouble.exact(torch.zeros_like(form))

@@ -14,7 +14,7 @@ from gradcheck_cli.derivatives.line_sources import (
 )
 from gradcheck_cli.functions.reference import ROUNDING_SAFETY, JacobianReference, Rounding
 from gradcheck_cli.functions.softmax import Softmax
-from gradcheck_cli.verdict.stream import Compute, Lines, Tile
+from gradcheck_cli.verdict.stream import CPU_TILE, Compute, Lines, Tile
 
 THREE_STEPS_UP_TO = 1 << 20
 """Entries up to which three central differences are taken (six evaluations, a bar near 1e-12); above, the
@@ -51,6 +51,7 @@ class DifferenceColumns(Unscoped):
         finite = blocks.scores[torch.isfinite(blocks.scores)]
         rounding = float(finite.abs().max()) * 2.0**-53 / self._step if finite.numel() else 0.0
         self._three = self._three or rounding > _EXACT_WIDTH
+        self.tile = CPU_TILE // 4 if self._three else CPU_TILE // 2  # twelve and four buffers of this size
 
     def session(self) -> Compute:
         """Keeps the perturbed stack and its value buffers."""
@@ -144,9 +145,9 @@ class _Stack:
         """(f(x + h e_j) - f(x - h e_j)) over the width really taken, in one of three pairs of buffers."""
         width = (self._own + step) - (self._own - step)
         width = torch.where(torch.isfinite(width), width, 2 * step)  # a masked score stays masked
-        self.inverse_step = 2 / width
+        self.inverse_step = 2 / width  # infinite where a score is so large that the step is not seen
         high = self.moved(step, slot=2 * slot).sub_(self.moved(-step, slot=2 * slot + 1))
-        return high.mul_((1 / width)[..., None])
+        return high.mul_(torch.where(width == 0, 0.0, 1 / width)[..., None])
 
     def _value(self, out: Tensor) -> Tensor:
         function = self._blocks.function

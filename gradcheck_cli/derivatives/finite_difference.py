@@ -10,11 +10,13 @@ from torch import Tensor
 Curve = Callable[[float], Tensor]
 """t -> f(x + t u), a tensor of values."""
 
+LEAST_LEVELS = 3
 LEVELS = 24
 """Halvings of the step at most: 48 evaluations. The noise shows itself in the last of them."""
 _FIRST_STEP = 0.5
 _NOISE_LEVELS = 6
 _ROUNDING_SIGMAS = 3.0
+_CHUNK = 1 << 12  # components whose levels are compared at once, so that the work stays in the cache
 _LEVELS_TO_SPARE = 4  # with more levels than these the first two, which have none before them, are not needed
 _LEAST_BITS = 4  # a direction keeps at least this many bits at the smallest step
 
@@ -23,13 +25,11 @@ _LEAST_BITS = 4  # a direction keeps at least this many bits at the smallest ste
 class Estimate:
     """A derivative, the error bar of every component, and what it cost.
 
-    `level` is the halving from which most components took their value, a good choice for further directions;
-    `noise` the rounding error of the values that was assumed or measured.
+    `level` is the halving from which most components took their value, a good choice for further directions.
     """
 
     value: Tensor
     bar: Tensor
-    noise: Tensor
     level: int
     evaluations: int
 
@@ -64,18 +64,34 @@ def differentiate(curve: Curve, steps: list[float], *, noise: Tensor | float, ep
     At level i, D is the central difference and R1, R2 its Richardson extrapolations over the last two and three
     steps. The bar of R2 is |R2 - R1| + 3 σ with σ = ε/√2 · √((64/45hᵢ)² + (20/45hᵢ₋₁)² + (1/45hᵢ₋₂)²); raw
     differences compete with |Dᵢ - Dᵢ₋₁| + 3 ε/(√2 hᵢ), because extrapolation is wrong across a kink (both
-    corrections widened by `_not_by_chance`). ε is the
-    largest of `noise`, eps·|f|, and what the last levels show: their differences there are noise alone.
+    corrections widened by `_not_by_chance`). ε is the largest of `noise`, eps·|f|, and what the last levels show:
+    their differences there are noise alone.
 
-    `steps` halve and are at least three; `eps` is the relative spacing of the dtype in which the curve computes.
+    `steps` halve; with fewer than three, which happens where scores are so large that no step is seen, the bar is
+    infinite. `eps` is the relative spacing of the dtype in which the curve computes.
     """
-    values = [(curve(step).double(), curve(-step).double()) for step in steps]
-    central = torch.stack([(high - low) / (2 * step) for (high, low), step in zip(values, steps, strict=True)])
-    size = torch.stack([torch.maximum(high.abs(), low.abs()) for high, low in values]).amax(0)
+    if len(steps) < LEAST_LEVELS:
+        nothing = torch.zeros_like(curve(0.0), dtype=torch.float64)
+        return Estimate(value=nothing, bar=torch.full_like(nothing, math.inf), level=0, evaluations=1)
+    central: list[Tensor] = []
+    size: Tensor | None = None
+    for step in steps:
+        high, low = curve(step).double(), curve(-step).double()
+        larger = torch.maximum(high.abs(), low.abs())
+        size = larger if size is None else torch.maximum(size, larger)
+        central.append((high - low) / (2 * step))
+    assert size is not None
     epsilon = torch.maximum(size * eps, torch.as_tensor(noise, dtype=torch.float64, device=size.device))
-    h = torch.tensor(steps, dtype=torch.float64, device=size.device).view(-1, *([1] * size.dim()))
-    epsilon = torch.maximum(epsilon, _measured_noise(central, h))
-    return _select(central, h, epsilon, evaluations=2 * len(steps))
+    h = torch.tensor(steps, dtype=torch.float64, device=size.device)[:, None]
+    flat = [level.reshape(-1) for level in central]
+    parts = [
+        _select(torch.stack([level[start : start + _CHUNK] for level in flat]), h, noise_of_part)
+        for start, noise_of_part in zip(
+            range(0, epsilon.numel(), _CHUNK), torch.split(epsilon.reshape(-1), _CHUNK), strict=True
+        )
+    ]
+    value, bar, level = (torch.cat(column).reshape(size.shape) for column in zip(*parts, strict=True))
+    return Estimate(value=value, bar=bar, level=int(level.double().median()), evaluations=2 * len(steps))
 
 
 def _measured_noise(central: Tensor, h: Tensor) -> Tensor:
@@ -103,7 +119,9 @@ def _not_by_chance(corrections: Tensor, *, order: int) -> Tensor:
     return widened
 
 
-def _select(central: Tensor, h: Tensor, epsilon: Tensor, *, evaluations: int) -> Estimate:
+def _select(central: Tensor, h: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, bar and level of every component [components] from its differences [levels, components]."""
+    epsilon = torch.maximum(epsilon, _measured_noise(central, h))
     once = central[1:] + (central[1:] - central[:-1]) / 3
     twice = once[1:] + (once[1:] - once[:-1]) / 15
     sigma = (epsilon / math.sqrt(2)) * (
@@ -119,10 +137,4 @@ def _select(central: Tensor, h: Tensor, epsilon: Tensor, *, evaluations: int) ->
     estimates = torch.cat([twice, central[1:]])
     best = bars.argmin(0, keepdim=True)
     levels = torch.cat([torch.arange(2, len(central)), torch.arange(1, len(central))]).to(best.device)
-    return Estimate(
-        value=estimates.gather(0, best)[0],
-        bar=bars.gather(0, best)[0],
-        noise=epsilon,
-        level=int(levels[best].double().median()),
-        evaluations=evaluations,
-    )
+    return estimates.gather(0, best)[0], bars.gather(0, best)[0], levels[best[0]]

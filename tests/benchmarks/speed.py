@@ -5,16 +5,16 @@
 The floor of an exhaustive check is what its three parts cannot do without: two batched softmax passes, one batched
 softmax backward and one comparison pass over n×n float64, with all buffers allocated beforehand. Measured is the
 check of every entry by closed form, finite difference and reverse mode together. Peak memory is the growth of the
-process's peak resident set, each measurement in a fresh process.
+process's peak resident set over its size before, each measurement in a fresh process (Linux only).
 """
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -24,8 +24,9 @@ METHODS = ("closed-form-torch", "finite-difference", "torch-reverse")
 PROBE_SIZE = 65536
 
 
-def check(n: int) -> None:
-    results = run(problem_of(scores("normal", (n,), torch.float64)), methods=METHODS, exhaustive=True, probes=1)
+def check(n: int, methods: tuple[str, ...] = METHODS) -> None:
+    """Every entry by every method, one product beside it, and the laws of the Jacobian."""
+    results = run(problem_of(scores("normal", (n,), torch.float64)), methods=methods, exhaustive=True, probes=1)
     derivatives = [result for result in results if result.check == "derivative"]
     assert all(result.verdict == "pass" and result.checked.entries == n * n for result in derivatives)
 
@@ -69,21 +70,30 @@ def side_by_side(functions: dict[str, Callable[[], None]], repeat: int) -> dict[
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in kilobytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def _peak(pipe: Connection, what: str, n: int) -> None:
     # warm up on a small case, so that imports and thread pools are not counted
     check(300)
+    check_probes(300)
     gradcheck(20, fast=False)
     gradcheck(20, fast=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
     started = time.perf_counter()
     {
         "softcheck": lambda: check(n),
+        "reverse": lambda: check(n, ("torch-reverse",)),
         "gradcheck": lambda: gradcheck(n, fast=False),
         "probes": lambda: check_probes(n),
         "gradcheck fast": lambda: gradcheck(n, fast=True),
     }[what]()
     seconds = time.perf_counter() - started
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds))
+    pipe.send((resident("VmHWM") - before, seconds))
 
 
 def fresh(what: str, n: int) -> tuple[float, float]:
@@ -104,21 +114,25 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--gradcheck-up-to", type=int, default=4096)
     arguments = parser.parse_args()
-    print("exhaustive: closed form, finite difference and reverse mode on all n² entries")
     print(
-        f"{'n':>7s}{'softcheck s':>13s}{'floor s':>10s}{'ratio':>7s}{'peak MB':>9s}"
-        f"{'gradcheck s':>13s}{'times faster':>14s}{'its peak MB':>13s}"
+        "exhaustive: closed form, finite difference and reverse mode on all n² entries; "
+        "then reverse mode alone; then gradcheck in slow mode"
+    )
+    print(
+        f"{'n':>7s}{'softcheck s':>13s}{'floor s':>10s}{'ratio':>7s}{'peak MB':>9s}{'reverse s':>11s}{'peak MB':>9s}"
+        f"{'gradcheck s':>13s}{'peak MB':>9s}{'slower than all':>17s}{'than reverse':>14s}"
     )
     for n in (int(size) for size in arguments.sizes.split(",")):
         medians = side_by_side({"check": lambda n=n: check(n), "floor": floor_of(n)}, arguments.repeat)
         memory, alone = fresh("softcheck", n)
+        reverse_memory, reverse = fresh("reverse", n)
         line = (
-            f"{n:7d}{medians['check']:13.3f}{medians['floor']:10.3f}"
-            f"{medians['check'] / medians['floor']:7.2f}{memory:9.1f}"
+            f"{n:7d}{medians['check']:13.3f}{medians['floor']:10.3f}{medians['check'] / medians['floor']:7.2f}"
+            f"{memory:9.0f}{reverse:11.3f}{reverse_memory:9.0f}"
         )
         if n <= arguments.gradcheck_up_to:
             their_memory, theirs = fresh("gradcheck", n)
-            line += f"{theirs:13.2f}{theirs / alone:14.1f}{their_memory:13.0f}"
+            line += f"{theirs:13.2f}{their_memory:9.0f}{theirs / alone:17.1f}{theirs / reverse:14.1f}"
         print(line, flush=True)
     memory, alone = fresh("probes", PROBE_SIZE)
     their_memory, theirs = fresh("gradcheck fast", PROBE_SIZE)
