@@ -202,19 +202,10 @@ class CandidateCheck:
         lines = self._apply(direction)
         product = reference.vjp(direction if lines.direction is None else lines.direction, self._bound)
         bar = None if lines.bar is None else lines.bar * DIFFERENCE_SAFETY
-        defined = self._defined_outputs()
+        defined = reference.defined_for(reference.inputs)
         worst = compare_product(lines.values, product, defined=defined, bar=bar)
         width = product.bound if bar is None else product.bound + bar
         return worst, detectable_ratio(product.value.hi, width, defined=defined)
-
-    def _defined_outputs(self) -> Tensor | None:
-        """The mask of the product's components that exist, [blocks, size]."""
-        defined = self._reference.defined
-        if defined is None or not self._reference.by_column:
-            return defined
-        if self._reference.inputs == defined.shape[1]:
-            return defined
-        return defined.all(dim=1, keepdim=True).expand(-1, self._reference.inputs)
 
     def _detectable_entries(self) -> float:
         if self._has_bar:

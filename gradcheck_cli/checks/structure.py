@@ -103,19 +103,14 @@ class StructureCheck:
         product = self._reference.vjp(direction if lines.direction is None else lines.direction, self._bound)
         if lines.bar is not None:
             product = Product(value=product.value, bound=product.bound + DIFFERENCE_SAFETY * lines.bar)
-        if self._reference.defined is not None:
-            hidden = ~self._reference.defined if not self._candidate.by_column else ~self._defined_outputs()
+        defined = self._reference.defined_for(self._reference.inputs)
+        if defined is not None:
+            hidden = ~defined
             values = values.masked_fill(hidden, 0.0)
             exact = product.value.where(~hidden, 0.0)
             product = Product(value=exact, bound=product.bound.masked_fill(hidden, 0.0))
         self._finite = self._finite and bool(torch.isfinite(values).all())
         return values, product, direction if lines.direction is None else lines.direction
-
-    def _defined_outputs(self) -> Tensor:
-        assert self._reference.defined is not None
-        if self._reference.inputs == self._reference.defined.shape[1]:
-            return self._reference.defined
-        return self._reference.defined.all(dim=1, keepdim=True).expand(-1, self._reference.inputs)
 
     def _constant_direction(self) -> tuple[Worst, tuple[int, ...]]:
         """1ᵀJ: every score may be shifted alike without changing the softmax."""

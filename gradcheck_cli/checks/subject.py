@@ -99,7 +99,7 @@ def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference:
         )
     bound = reference.bound_for(Rounding.of(problem.scores.dtype))
     exact = Product(value=reference.value, bound=bound.value)
-    defined = None if reference.defined is None else _defined_outputs(reference)
+    defined = reference.defined_for(reference.outputs)
     worst = compare_product(layout.output_blocks(value), exact, defined=defined)
     row = Row(
         name=impl.label,
@@ -127,13 +127,6 @@ def _forward_wrong(impl: UserCode, problem: Problem) -> Diagnosis:
         code="forward-wrong",
         message=f"the value of {impl.label} is not {problem.function.name}: mend the forward before its gradient",
     )
-
-
-def _defined_outputs(reference: JacobianReference) -> Tensor:
-    assert reference.defined is not None
-    if reference.outputs == reference.inputs:
-        return reference.defined
-    return reference.defined.all(dim=1, keepdim=True).expand(-1, reference.outputs)
 
 
 def impl_candidates(

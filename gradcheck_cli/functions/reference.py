@@ -92,6 +92,12 @@ class JacobianReference:
         """Number of columns of a block."""
         return self.right.shape[1]
 
+    def defined_for(self, size: int) -> Tensor | None:
+        """The mask of a vector over a block's inputs or its outputs, [blocks, size]; None if all is defined."""
+        if self.defined is None or self.defined.shape[1] == size:
+            return self.defined
+        return self.defined.all(dim=1, keepdim=True).expand(-1, size)
+
     def transposed(self) -> "JacobianReference":
         """The same Jacobian with outputs and inputs exchanged, for methods that give columns."""
 
