@@ -17,24 +17,25 @@ from gradcheck_cli.functions.softmax import Softmax
 from gradcheck_cli.verdict.stream import CPU_TILE, Compute, Lines, Tile
 
 THREE_STEPS_UP_TO = 1 << 20
-"""Entries up to which three central differences are taken (six evaluations, a bar near 1e-12); above, the
-derivative of a cubic (three evaluations, a bar near 1e-7)."""
+"""Entries up to which three central differences are taken (six evaluations, a bar near 1e-12); above, one (two
+evaluations, a bar near 1e-5: the directions beside the entries are measured to 1e-12 all the same)."""
 _STEP_OF_THREE = 2.0**-6
-_STEP_OF_LOPSIDED = 2.0**-11
+_STEP_OF_BRACKET = 2.0**-16
 # Rounding of the values in the result, over the smallest step: D(h), D(h/2), D(h/4) enter the second extrapolation
-# as (1, -20, 64) / 45; the values at -h, 0, h, 2h enter the cubic's derivative as (-2, -3, 6, -1) / 6h.
+# as (1, -20, 64) / 45; in a bracket the slope takes (1, -1) / 2h, and its bar could lose (1, -2, 1) / 2h.
 _NOISE_OF_THREE = (1 / 4 + 20 / 2 + 64) / 45
-_NOISE_OF_LOPSIDED = (2 + 3 + 6 + 1) / 6
-_EXACT_WIDTH = 1e-12  # relative error of h as the step really taken that the bar of the cubic does not notice
+_NOISE_OF_BRACKET = (2 + 4) / 2
+_NOISE_SAFETY = 2.0  # the theoretical rounding of a value was exceeded by a third at scores of ±1e4 over T = 0.3
+_EXACT_WIDTH = 1e-7  # relative error of h as the step really taken that the bar of a bracket does not notice
 
 
 class DifferenceColumns(Unscoped):
     """Differences of torch's own forward value in float64.
 
-    Small Jacobians take central differences, extrapolated twice (Richardson, 1911), large ones the derivative of a
-    cubic. The bar of an entry is the last correction, which is the error estimate of the stage before it, plus the
-    rounding error of the values over the step, added without cancelling. Scores move by a power of two times the
-    temperature, the function's own scale.
+    Small Jacobians take central differences, extrapolated twice (Richardson, 1911), with the last correction as the
+    bar, which is the error estimate of the stage before it; large ones one difference, with the one-sided slopes as
+    its bracket. The rounding error of the values over the step is added without cancelling. Scores move by a power
+    of two times the temperature, the function's own scale.
     """
 
     parallel = True
@@ -42,12 +43,12 @@ class DifferenceColumns(Unscoped):
     def __init__(self, blocks: RowBlocks, reference: JacobianReference) -> None:
         self._blocks = blocks
         bound = reference.bound_for(Rounding.of(torch.float64))
-        self._noise = (bound.value / ROUNDING_SAFETY).nan_to_num(posinf=0.0)
+        self._noise = (bound.value * (_NOISE_SAFETY / ROUNDING_SAFETY)).nan_to_num(posinf=0.0)
         self._infinite = infinite_outputs(reference)
         entries = blocks.scores.numel() * blocks.outputs
         scale = 2.0 ** math.floor(math.log2(blocks.function.temperature))
         self._three = entries <= THREE_STEPS_UP_TO
-        self._step = scale * (_STEP_OF_THREE if self._three else _STEP_OF_LOPSIDED)
+        self._step = scale * (_STEP_OF_THREE if self._three else _STEP_OF_BRACKET)
         finite = blocks.scores[torch.isfinite(blocks.scores)]
         rounding = float(finite.abs().max()) * 2.0**-53 / self._step if finite.numel() else 0.0
         self._three = self._three or rounding > _EXACT_WIDTH
@@ -60,7 +61,7 @@ class DifferenceColumns(Unscoped):
         def compute(tile: Tile) -> Lines:
             stack.load(tile)
             noise = self._noise[tile.first : tile.first + tile.count, None, :]
-            lines = self._three_steps(stack, noise) if self._three else self._lopsided(stack, noise)
+            lines = self._three_steps(stack, noise) if self._three else self._bracketed(stack, noise)
             if self._infinite is None:
                 return lines
             if lines.bar_is_bound:  # the comparison scales, so the bar must be hidden in its own buffer
@@ -69,19 +70,18 @@ class DifferenceColumns(Unscoped):
 
         return compute
 
-    def _lopsided(self, stack: "_Stack", noise: Tensor) -> Lines:
-        """The derivative of the cubic through -h, 0, h and 2h; the comparison divides by the width 2h.
+    def _bracketed(self, stack: "_Stack", noise: Tensor) -> Lines:
+        """The central difference times its width 2h, by which the comparison divides.
 
-        Its last term, (f(2h) - 3 f(h) + 3 f(0) - f(-h)) / 6h, is the error of the central difference and serves
-        as the bar; what it leaves is smaller by the factor h. One evaluation less than two central differences.
+        The true slope lies between the one-sided ones, so half their distance, |f(h) - 2 f(0) + f(-h)| / 2h, is the
+        bar. Where the curvature changes sign between them, what is left is of the order h², far below the rounding.
         """
-        below, above, twice = (stack.moved(factor * self._step, slot=k) for k, factor in enumerate((-1, 1, 2)))
-        third = twice.sub_(below).add_(above, alpha=-3).add_(stack.centre, alpha=3)
-        slope = torch.sub(above, below, out=below).add_(third, alpha=-1 / 3)  # 2h f'
-        over = torch.full_like(noise[:, :, :1], _NOISE_OF_LOPSIDED / self._step).expand(-1, slope.shape[1], -1)
+        above, below = stack.moved(self._step, slot=0), stack.moved(-self._step, slot=1)
+        apart = torch.add(above, below, out=stack.spare).sub_(stack.centre, alpha=2)
+        over = torch.full_like(noise[:, :, :1], _NOISE_OF_BRACKET / self._step).expand(-1, above.shape[1], -1)
         scale = 1 / (2 * self._step)
-        bar = torch.baddbmm(third.abs_(), over, noise, beta=scale / 3, out=third)
-        return Lines(slope, bar, scale=scale, bar_is_bound=True)
+        bar = torch.baddbmm(apart.abs_(), over, noise, beta=scale, out=apart)
+        return Lines(above.sub_(below), bar, scale=scale, bar_is_bound=True)
 
     def _three_steps(self, stack: "_Stack", noise: Tensor) -> Lines:
         first = stack.difference(self._step, slot=0)
@@ -127,6 +127,11 @@ class _Stack:
         self._own = rows.narrow(1, tile.start, tile.lines)
 
     @property
+    def spare(self) -> Tensor:
+        """A third buffer of values."""
+        return self._buffer(2)
+
+    @property
     def centre(self) -> Tensor:
         """The value at the unmoved scores, [count, 1, outputs], evaluated in the same way."""
         if self._centre is None:
@@ -137,9 +142,12 @@ class _Stack:
     def moved(self, step: float, *, slot: int) -> Tensor:
         """f(x + h e_j) for every line, in one of six buffers."""
         torch.add(self._own, step, out=self._moving)
+        return self._value(self._buffer(slot))
+
+    def _buffer(self, slot: int) -> Tensor:
         if slot not in self._values:
             self._values[slot] = self._points.new_empty(*self._points.shape[:2], self._blocks.outputs)
-        return self._value(self._values[slot])
+        return self._values[slot]
 
     def difference(self, step: float, *, slot: int) -> Tensor:
         """(f(x + h e_j) - f(x - h e_j)) over the width really taken, in one of three pairs of buffers."""
