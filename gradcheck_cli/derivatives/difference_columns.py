@@ -52,7 +52,7 @@ class DifferenceColumns(Unscoped):
         finite = blocks.scores[torch.isfinite(blocks.scores)]
         rounding = float(finite.abs().max()) * 2.0**-53 / self._step if finite.numel() else 0.0
         self._three = self._three or rounding > _EXACT_WIDTH
-        self.tile = CPU_TILE // 4 if self._three else CPU_TILE // 2  # twelve and four buffers of this size
+        self.tile = CPU_TILE // 4 if self._three else CPU_TILE  # ten and four buffers of this size
 
     def session(self) -> Compute:
         """Keeps the perturbed stack and its value buffers."""

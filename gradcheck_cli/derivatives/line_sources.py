@@ -49,7 +49,7 @@ class TorchReverse(Unscoped):
     """Rows of the Jacobian by torch's reverse mode: the gradient of each output in turn."""
 
     parallel = True
-    tile = CPU_TILE // 2  # autograd's results are fresh memory, which the allocator gives back when it is larger
+    tile = CPU_TILE // 2  # autograd allocates its results beside the graph that it keeps
 
     def __init__(self, blocks: RowBlocks) -> None:
         self._blocks = blocks
