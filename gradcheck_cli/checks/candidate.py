@@ -197,7 +197,13 @@ class CandidateCheck:
     def _probe(self, index: int) -> tuple[Worst, float]:
         reference = self._reference
         blocks, size = reference.left.hi.shape
-        direction = probe((blocks, size), index=index, seed=self._problem.seed, dtype=self._problem.scores.dtype)
+        direction = probe(
+            (blocks, size),
+            index=index,
+            seed=self._problem.seed,
+            dtype=self._problem.scores.dtype,
+            weights=reference.right.hi if reference.outputs == reference.inputs else None,
+        )
         direction = direction.to(reference.left.hi.device)
         lines = self._apply(direction)
         product = reference.vjp(direction if lines.direction is None else lines.direction, self._bound)
