@@ -391,7 +391,7 @@ class Outcome:
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def work_folder(tmp_path, monkeypatch):
     """An own folder with the library, and torch's and Python's global state as before."""
     (tmp_path / "library.py").write_text(LIBRARY, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -940,8 +940,8 @@ def test_code_that_cannot_be_found(run, options, said):
     assert all(words in refused.err for words in said), refused.err
 
 
-def test_modules_on_the_path_are_found_by_name(run, workplace):
-    package = workplace / "package_under_test"
+def test_modules_on_the_path_are_found_by_name(run, work_folder):
+    package = work_folder / "package_under_test"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "ops.py").write_text(LIBRARY)
@@ -1109,17 +1109,17 @@ def test_the_table(run):
     assert "\x1b" not in out
 
 
-def test_output_files_appear_whole_or_not_at_all(run, workplace):
+def test_output_files_appear_whole_or_not_at_all(run, work_folder):
     x = saved(random(6))
     done = run(x, *BRIEFLY, "-o", "report.json", "-f", "json", "--report", "concise=lines.txt")
     assert (done.code, done.out) == (0, "")
     assert json.loads(Path("report.json").read_text())["verdict"] == "pass"
     assert Path("lines.txt").read_text().startswith("pass: ")
-    before = sorted(workplace.iterdir())
+    before = sorted(work_folder.iterdir())
     for arguments in ([x, "--impl", "library.py:raises"], ["missing.npy"], [x, "--impl", "library.py:exits"]):
         refused = run(*arguments, "-o", "report.json", "-f", "json", "--report", "concise=other.txt")
         assert (refused.code, refused.out) == (2, "")
-    assert sorted(path for path in workplace.iterdir() if path.name != "__pycache__") == [
+    assert sorted(path for path in work_folder.iterdir() if path.name != "__pycache__") == [
         path for path in before if path.name != "__pycache__"
     ]
     assert json.loads(Path("report.json").read_text())["verdict"] == "pass"
@@ -1299,15 +1299,15 @@ def of_softcheck_itself(outcome):
         ("--backward", "global_state"),
     ],
 )
-def test_code_that_changes_what_it_was_given(run, code, workplace):
+def test_code_that_changes_what_it_was_given(run, code, work_folder):
     x = saved(random(5))
-    before = (workplace / x).read_bytes(), (workplace / x).stat().st_mtime_ns
+    before = (work_folder / x).read_bytes(), (work_folder / x).stat().st_mtime_ns
     expected = of_softcheck_itself(run(x))
     found = run(x, code[0], f"library.py:{code[1]}")
     assert of_softcheck_itself(found) == expected
     derivatives = [row for row in found.results if row["check"] == "derivative" and row["name"] not in OWN]
     assert {row["verdict"] for row in derivatives} <= {"pass", "skipped"}, found.out
-    assert (before[0], before[1]) == ((workplace / x).read_bytes(), (workplace / x).stat().st_mtime_ns)
+    assert (before[0], before[1]) == ((work_folder / x).read_bytes(), (work_folder / x).stat().st_mtime_ns)
 
 
 @pytest.mark.parametrize("code", [("--backward", "vandal_of_targets"), ("--impl", "torch_vandal_of_targets")])
@@ -1375,7 +1375,7 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def inputs(workplace):
+def inputs(work_folder):
     saved(random(2, 5))
     saved(np.array([800.0, 0.0, 0.0]), "saturated.npy")
     with_mask = random(2, 5)
@@ -1384,7 +1384,7 @@ def inputs(workplace):
     Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:-5])
     Path("leaving.py").write_text("import sys\nsys.exit(0)\n")
     Path("slow.py").write_text(SLOW)
-    return workplace
+    return work_folder
 
 
 @pytest.mark.parametrize("name", PROCESSES)
