@@ -159,3 +159,12 @@ def test_scores_so_large_that_no_step_is_seen_are_not_accused(offset: float) -> 
     for n in (5, 1500):
         results = run(problem_of(torch.arange(float(n), dtype=torch.float64) * 8 + offset))
         assert accused(results) == []
+
+
+@pytest.mark.parametrize("values", ["tied", "constant", "normal"])
+@pytest.mark.parametrize("n", [16384, 50257])
+def test_long_rows_that_are_summed_in_lanes_are_not_accused(n: int, values: str) -> None:
+    wanted = ("closed-form-numpy", "closed-form-torch", "torch-reverse", "torch-forward")
+    for dtype, function in itertools.product((torch.float32, torch.bfloat16), ("softmax", "log_softmax")):
+        results = run(problem_of(scores(values, (n,), dtype), function), methods=wanted, exhaustive=False, probes=4)
+        assert accused(results) == []

@@ -141,10 +141,10 @@ class CrossEntropy(RowFunction):
         loss = self._losses(exact, masked, mass)
         temperature = DoubleDouble.exact(torch.full_like(scale.hi, self.temperature))
         shape = (layout.blocks, layout.inputs)
-        summands = exact.summands + math.log2(max(layout.rows, 2))
 
         def bound_for(rounding: Rounding) -> JacobianBound:
             unit = ROUNDING_SAFETY * rounding.unit
+            summands = exact.summands(rounding) + math.log2(max(layout.rows, 2))
             grown = growth(unit * (summands + exact.gap + exact.input_error))
             lost = layout.length * rounding.smallest / 2  # smoothing below the smallest subnormal, n times
             width = exact.s.hi * (grown * total.hi.abs() + lost) + unit * summands * mass.hi.abs()

@@ -58,14 +58,14 @@ class LogSumExp(RowFunction):
         def bound_for(rounding: Rounding) -> JacobianBound:
             unit = ROUNDING_SAFETY * rounding.unit
             offset = value.hi.abs() + exact.input_error
-            grown = growth(unit * (exact.summands + exact.gap + offset))
+            grown = growth(unit * (exact.summands(rounding) + exact.gap + offset))
             spread = (exact.s.hi * exact.gap).sum(-1, keepdim=True) + exact.input_error.amax(-1, keepdim=True)
             floor = floor_of(rounding, self.temperature)
             return JacobianBound(
                 left=one.hi[..., None] / self.temperature,
                 right=(exact.s.hi * grown)[:, None, :],
                 diagonal=None,
-                value=unit * (exact.summands + 2 * value.hi.abs() + spread) + floor,
+                value=unit * (exact.summands(rounding) + 2 * value.hi.abs() + spread) + floor,
                 floor=floor,
                 half_floor=rounding.smallest / 2,
             )

@@ -85,14 +85,14 @@ class Softmax(RowFunction):
 
         def bound_for(rounding: Rounding) -> JacobianBound:
             gap = exact.gap + exact.input_error
-            exponent = ROUNDING_SAFETY * rounding.unit * (exact.summands / 2 + gap)
+            exponent = ROUNDING_SAFETY * rounding.unit * (exact.summands(rounding) / 2 + gap)
             s, grown = exact.s.hi, growth(exponent)
             floor = floor_of(rounding, self.temperature)
             return JacobianBound(
                 left=torch.stack([s * grown, s * (1 + grown)], dim=-1) / self.temperature,
                 right=torch.stack([s, s * grown], dim=-2),
                 diagonal=s * growth(2 * exponent) / self.temperature,
-                value=s * growth(ROUNDING_SAFETY * rounding.unit * (exact.summands + gap)) + floor,
+                value=s * growth(ROUNDING_SAFETY * rounding.unit * (exact.summands(rounding) + gap)) + floor,
                 floor=floor,
                 half_floor=rounding.smallest / 2,
             )
@@ -146,15 +146,15 @@ class LogSoftmax(RowFunction):
         def bound_for(rounding: Rounding) -> JacobianBound:
             gap = exact.gap + exact.input_error
             unit = ROUNDING_SAFETY * rounding.unit
-            grown = growth(unit * (exact.summands + gap))
+            grown = growth(unit * (exact.summands(rounding) + gap))
             one = torch.ones_like(grown)
             floor = floor_of(rounding, self.temperature)
-            size = exact.summands + exact.gap + value.hi.abs().nan_to_num(posinf=0.0)
+            size = exact.summands(rounding) + exact.gap + value.hi.abs().nan_to_num(posinf=0.0)
             extra = exact.scaled.hi.abs() * 2 if self.temperature != 1 else 0.0
             return JacobianBound(
                 left=one[..., None] / self.temperature,
                 right=(exact.s.hi * grown)[:, None, :],
-                diagonal=one * (unit * exact.summands / self.temperature),
+                diagonal=one * (unit * exact.summands(rounding) / self.temperature),
                 value=unit * (size + exact.input_error + extra) + floor,
                 floor=floor,
                 half_floor=rounding.smallest / 2,
