@@ -26,7 +26,8 @@ class Mismatch:
     """The entry with the largest error/bound: where it is and what was found there.
 
     `index` is (row, i, j) for an entry of a Jacobian, (row, j) for an entry of a product with a vector and the
-    position in the array for a value. Rows are slices along the axis, counted in C order.
+    position in the array for a value. Rows are slices along the axis, counted in C order. Where `place` is given,
+    it says in words what the index means ("x[3, 2]").
     """
 
     index: tuple[int, ...]
@@ -34,6 +35,7 @@ class Mismatch:
     expected: float
     error: float
     bound: float
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

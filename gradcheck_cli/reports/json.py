@@ -58,6 +58,7 @@ def _worst(worst: Mismatch | None) -> dict[str, object] | None:
         return None
     return {
         "index": list(worst.index),
+        "place": worst.place or None,
         "got": json_number(worst.got),
         "expected": json_number(worst.expected),
         "error": json_number(worst.error),

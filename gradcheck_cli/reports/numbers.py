@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from gradcheck_cli.results import Checked
+from gradcheck_cli.results import Checked, Mismatch
 
 MISSING = "–"
 
@@ -49,6 +49,13 @@ def format_seconds(seconds: float) -> str:
 def format_index(index: Sequence[int]) -> str:
     """The position as (row, i, j)."""
     return f"({', '.join(str(position) for position in index)})"
+
+
+def format_place(worst: Mismatch | None) -> str:
+    """Where the mismatch is: in words if it has any, otherwise its index; nothing for a single number."""
+    if worst is None:
+        return ""
+    return worst.place or (format_index(worst.index) if worst.index else "")
 
 
 def format_checked(checked: Checked) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.grid import GAP, Column, Lines, flow, grid, grid_width
-from gradcheck_cli.reports.numbers import MISSING, format_index, format_number, format_seconds
+from gradcheck_cli.reports.numbers import MISSING, format_number, format_place, format_seconds
 from gradcheck_cli.reports.summary import method_of, numbers_of, place_of, shorten, signed_word
 from gradcheck_cli.results import CheckResult, Verdict
 
@@ -129,12 +129,14 @@ def _paired(upper: Sequence[str], lower: Sequence[str]) -> tuple[Lines, ...]:
 
 
 def _where(row: CheckResult) -> str:
-    return format_index(row.worst.index) if row.worst and row.worst.index else MISSING
+    return format_place(row.worst) or MISSING
 
 
 def _where_head(results: Sequence[CheckResult]) -> str:
     """What the numbers of a position are, if they are the same in every row."""
     names = {2: "row, j", 3: "row, i, j"}
+    if any(row.worst and row.worst.place for row in results):
+        return ""
     lengths = {len(row.worst.index) for row in results if row.worst}
     return names.get(lengths.pop(), "") if len(lengths) == 1 else ""
 

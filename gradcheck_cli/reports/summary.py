@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gradcheck_cli.reports.numbers import count, format_index, format_number
+from gradcheck_cli.reports.numbers import count, format_number, format_place
 from gradcheck_cli.results import CheckResult, Report, Verdict
 
 _WORDS = {
@@ -63,7 +63,8 @@ def numbers_of(result: CheckResult) -> list[str]:
     """The measured numbers of a row, one phrase for each."""
     parts = []
     if result.max_error is not None:
-        where = f" at {format_index(result.worst.index)}" if result.worst and result.worst.index else ""
+        place = format_place(result.worst)
+        where = f" at {place}" if place else ""
         parts.append(f"error {format_number(result.max_error)}{where}")
     labelled = {"bound": result.bound, "error/bound": result.ratio, "detectable": result.detectable}
     parts += [f"{label} {format_number(value)}" for label, value in labelled.items() if value is not None]

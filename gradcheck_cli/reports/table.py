@@ -13,7 +13,7 @@ from rich.text import Text
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.grid import flow
-from gradcheck_cli.reports.numbers import format_checked, format_index, format_number, format_pair
+from gradcheck_cli.reports.numbers import format_checked, format_number, format_pair, format_place
 from gradcheck_cli.reports.pictures import show_picture
 from gradcheck_cli.reports.rows import VERDICT_STYLES, result_rows, structure_rows
 from gradcheck_cli.reports.summary import describe, method_of, several, signed_word, summarize
@@ -122,7 +122,8 @@ def _failure(row: CheckResult, look: Look) -> RenderableType:
         details.append(code.append_text(_text(row.diagnosis.message, look, "not bold")))
     if row.worst:
         got, expected = format_pair(row.worst.got, row.worst.expected)
-        where = f"at {format_index(row.worst.index)}: " if row.worst.index else ""
+        place = format_place(row.worst)
+        where = f"at {place}: " if place else ""
         error, bound = format_number(row.worst.error), format_number(row.worst.bound)
         details.append(_text(f"{where}got {got}, expected {expected}, error {error}, bound {bound}", look))
     if row.reason:

@@ -64,6 +64,7 @@ def test_json_is_strict_and_has_every_field(sample):
         assert list(result) == RESULT
         assert result["worst"] is None or list(result["worst"]) == [
             "index",
+            "place",
             "got",
             "expected",
             "error",
