@@ -48,6 +48,11 @@ COMMANDS = {
         "jacobian",
         "Check the Jacobian of softmax and its family at the scores in a file.",
     ),
+    "function": CommandEntry(
+        "gradcheck_cli.commands.function",
+        "function",
+        "Check the gradient of any differentiable function, module or custom autograd Function.",
+    ),
     "completion": CommandEntry(
         "gradcheck_cli.commands.completion",
         "completion",

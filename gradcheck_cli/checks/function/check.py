@@ -1,0 +1,96 @@
+"""`softcheck function`: the value, the first derivative, the laws of gradients, the second derivative."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from gradcheck_cli.checks.function.derivative import DerivativeChecks
+from gradcheck_cli.checks.function.explain import explain
+from gradcheck_cli.checks.function.forward import ForwardChecks
+from gradcheck_cli.checks.function.forward_mode import ForwardModeChecks
+from gradcheck_cli.checks.function.gradients import candidates
+from gradcheck_cli.checks.function.laws import LawChecks
+from gradcheck_cli.checks.function.layouts import LayoutChecks
+from gradcheck_cli.checks.function.plan import Advance, FunctionPlan, no_progress
+from gradcheck_cli.checks.function.second_order import SecondOrderChecks
+from gradcheck_cli.checks.function.setting import Setting, make_setting
+from gradcheck_cli.program.program import Program
+from gradcheck_cli.results import CheckResult, Verdict
+
+
+class FunctionCheck:
+    """All rows for one program: `results` yields them as they come, then `notes` are known."""
+
+    def __init__(self, program: Program, plan: FunctionPlan | None = None, advance: Advance = no_progress) -> None:
+        self.plan = plan or FunctionPlan()
+        self.setting: Setting = make_setting(program, seed=program.seed)
+        self._advance = advance
+        self._directions: list[int] = []
+
+    def results(self) -> Iterator[CheckResult]:
+        """Forward, reverse mode, forward mode, laws, layouts, second order."""
+        forward = ForwardChecks(self.setting, self.plan)
+        yield from forward.run()
+        for candidate in candidates(self.setting):
+            checks = DerivativeChecks(self.setting, self.plan, candidate, self._advance)
+            yield from self._explained(checks, checks.exact_reference())
+            yield from self._explained(checks, iter([checks.against_differences()]))
+            self._directions += [one.evaluations for one in checks.slopes]
+            yield from self._explained(checks, checks.in_given_dtype())
+            if self.setting.program.framework == "torch" and self.setting.program.rule is None:
+                yield from ForwardModeChecks(checks).run()
+            if self.plan.laws:
+                yield from LawChecks(checks).run()
+                yield from LayoutChecks(checks).run()
+            if self.plan.order >= 2:
+                yield from SecondOrderChecks(checks).run()
+
+    def _explained(self, checks: DerivativeChecks, results: Iterator[CheckResult]) -> Iterator[CheckResult]:
+        """Failing rows with their reason; conventions that the user allows pass under their name."""
+        for result in results:
+            if result.verdict is not Verdict.FAIL:
+                yield result
+                continue
+            diagnosis = explain(checks)
+            if diagnosis is None:
+                yield result
+                continue
+            alternatives = str(diagnosis.detail.get("alternatives", ""))
+            allowed = [code for code in self.plan.allow if code == diagnosis.code or code in alternatives]
+            if allowed:
+                reason = f"allowed: {allowed[0]} ({diagnosis.message})"
+                yield replace(result, verdict=Verdict.PASS, diagnosis=diagnosis, reason=reason)
+            else:
+                yield replace(result, diagnosis=diagnosis)
+
+    def cost(self) -> str:
+        """How many evaluations the differences took, in words."""
+        if not self._directions:
+            return "no finite differences"
+        most = max(self._directions)
+        return f"{len(self._directions)} directions of {most} forward evaluations each"
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user must know about the point and the precision."""
+        setting = self.setting
+        found = []
+        if setting.downcasts:
+            places = ", ".join(
+                sorted(
+                    {
+                        f"{one.operator} to {str(one.dtype).removeprefix('torch.')}{_at(one.place)}"
+                        for one in setting.downcasts
+                    }
+                )
+            )
+            found.append(f"the function narrows float64 inside ({places}); the float64 twin keeps it wide")
+        if setting.no_twin:
+            found.append(f"no float64 twin: {setting.no_twin}; judged at its own precision")
+        if setting.left_out:
+            found.append(f"{', '.join(setting.left_out)} carries no gradient and was not checked")
+        if setting.program.draws:
+            found.append("the function draws random numbers; every call starts from the same seed")
+        return tuple(found)
+
+
+def _at(place: str) -> str:
+    return f" at {place}" if place else ""

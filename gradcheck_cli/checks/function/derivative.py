@@ -1,0 +1,400 @@
+"""The rows about the first derivative: against an exact reference, against differences, and in the given dtype."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.function.compare import (
+    Miss,
+    Seen,
+    against_gradient,
+    against_slopes,
+    detectable,
+    project,
+    project_tolerance,
+    worst,
+)
+from gradcheck_cli.checks.function.gradients import (
+    Candidate,
+    Gradient,
+    floor_of,
+    plain_autodiff,
+    reverse_mode,
+    rounding_tolerance,
+)
+from gradcheck_cli.checks.function.locate import Locator
+from gradcheck_cli.checks.function.plan import Advance, FunctionPlan, Row, dtype_name
+from gradcheck_cli.checks.function.setting import Setting
+from gradcheck_cli.checks.function.slopes import (
+    Slopes,
+    eps_of,
+    joint_direction,
+    random_direction,
+    slopes,
+    unit_direction,
+)
+from gradcheck_cli.checks.function.wording import entry_name, first_line
+from gradcheck_cli.checks.judge import skipped
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.outputs import as_real
+from gradcheck_cli.program.stage import Stage, widened
+from gradcheck_cli.results import Checked, CheckResult, Verdict
+
+ENTRIES = 24
+"""Inputs up to which every entry is moved on its own unasked: 48 evaluations each."""
+PROBES = 2
+"""Random directions for every argument."""
+MANY_ARGUMENTS = 8
+"""With more arguments than these a probe moves all of them at once."""
+_ULPS_WITHOUT_TWIN = 16.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trusted:
+    """Gradients for the setting's upstream gradients that something else has confirmed, and their tolerance."""
+
+    gradients: list[Gradient]
+    reference: str
+    source: object
+
+
+class DerivativeChecks:
+    """Every row about the first derivative of one candidate; differences are taken once and shared."""
+
+    def __init__(self, setting: Setting, plan: FunctionPlan, candidate: Candidate, advance: Advance) -> None:
+        self.setting, self.plan, self.candidate = setting, plan, candidate
+        self._advance = advance
+        self._slopes: list[Slopes] | None = None
+        self._tolerance: list[Gradient] | None = None
+        self._witness: list[Gradient] | None = None
+        self._native_tolerance: list[Gradient] | None = None
+        self.trusted: Trusted | None = None
+        self.failed: tuple[Miss, Stage] | None = None
+
+    # -- shared measurements
+
+    @property
+    def stage(self) -> Stage:
+        """Where differences are taken."""
+        return self.setting.witness
+
+    @property
+    def unit(self) -> float:
+        """Unit roundoff of the witness."""
+        return 2.0**-53 if self.setting.twin is not None else self.setting.unit
+
+    @property
+    def slopes(self) -> list[Slopes]:
+        """The differences along all directions."""
+        if self._slopes is None:
+            self._slopes = list(self._measure())
+        return self._slopes
+
+    def _measure(self) -> Iterator[Slopes]:
+        generator = torch.Generator().manual_seed(self.setting.program.seed * 7_919 + 3)
+        planned = list(self._directions(generator))
+        for done, (argument, direction) in enumerate(planned):
+            self._advance(done, len(planned), "finite differences")
+            yield self.slope(direction, argument)
+
+    def slope(self, direction: Sequence[Tensor], argument: int) -> Slopes:
+        """The differences along one more direction."""
+        eps = 2.0**-52 if self.setting.twin is not None else eps_of(self.setting.narrowest)
+        return slopes(
+            self.stage,
+            self.setting.matrix,
+            self.setting.center,
+            direction,
+            argument=argument,
+            eps=eps,
+        )
+
+    def _directions(self, generator: torch.Generator) -> Iterator[tuple[int, list[Tensor]]]:
+        point = self.stage.point
+        probes = PROBES if self.plan.probes is None else self.plan.probes
+        if self.every_entry:
+            for argument, value in enumerate(point):
+                for entry in range(as_real(value).numel()):
+                    yield argument, unit_direction(self.stage, argument, entry)
+        if len(point) > MANY_ARGUMENTS:
+            for _ in range(2 * probes):
+                yield -1, joint_direction(self.stage, generator)
+            return
+        for argument, value in enumerate(point):
+            if value.numel():
+                for _ in range(probes if not self.every_entry else 1):
+                    yield argument, random_direction(self.stage, argument, generator)
+
+    @property
+    def every_entry(self) -> bool:
+        """Whether every entry of every argument is moved on its own."""
+        if self.plan.exhaustive is not None:
+            return self.plan.exhaustive
+        return sum(as_real(value).numel() for value in self.stage.point) <= ENTRIES
+
+    @property
+    def witness_gradients(self) -> list[Gradient]:
+        """The candidate's gradients where differences are taken."""
+        if self._witness is None:
+            self._witness = self.candidate.source(self.stage, self.setting.cotangents)
+        return self._witness
+
+    @property
+    def tolerance(self) -> list[Gradient]:
+        """What rounding allows each entry of a gradient on the witness."""
+        if self._tolerance is None:
+            self._tolerance = self.tolerance_of(self.stage, self.unit, self.witness_gradients)
+        return self._tolerance
+
+    @property
+    def native_tolerance(self) -> list[Gradient]:
+        """What rounding allows each entry of a gradient in the dtype as given."""
+        assert self.setting.twin is not None
+        if self._native_tolerance is None:
+            expected, _, _ = self._confirmed_gradients()
+            size = self.witness_gradients if expected is None else expected
+            self._native_tolerance = self.tolerance_of(self.setting.twin, self.setting.unit, size)
+        return self._native_tolerance
+
+    def tolerance_of(self, stage: Stage, unit: float, gradients: Sequence[Gradient]) -> list[Gradient]:
+        """The measured rounding tolerance on a float64 stage; a few units in the last place where it has none."""
+        dtype = torch.float64 if unit == 2.0**-53 else self.setting.narrowest
+        least = floor_of(gradients, dtype=dtype)
+        if self.setting.twin is None or self.setting.program.framework != "torch":
+            return [[_ULPS_WITHOUT_TWIN * part for part in one] for one in least]
+        source = plain_autodiff if self.setting.program.rule is None else reverse_mode
+        try:
+            measured = rounding_tolerance(self.setting, stage, source, self.setting.cotangents, unit=unit)
+        except (SoftcheckError, NotImplementedError):
+            measured = rounding_tolerance(
+                self.setting, stage, self.candidate.source, self.setting.cotangents, unit=unit
+            )
+        return [
+            [torch.maximum(a, b) for a, b in zip(one, two, strict=True)]
+            for one, two in zip(measured, least, strict=True)
+        ]
+
+    # -- rows
+
+    def row(self, method: str, reference: str, stage: Stage, dtype: torch.dtype | None = None) -> Row:
+        """How a row of this candidate is labelled."""
+        return Row(
+            name=self.setting.program.name,
+            check="derivative",
+            method=method,
+            reference=reference,
+            backend=self.setting.program.framework,
+            device=str(self.setting.program.device),
+            dtype=dtype_name(dtype or stage.dtype),
+        )
+
+    def against_differences(self) -> CheckResult:
+        """The candidate against finite differences, with a second look before anything is convicted."""
+        started = time.perf_counter()
+        row = self.row(f"{self.candidate.method} vs differences", "finite difference", self.stage)
+        gradients, allowed = self.witness_gradients, self.tolerance
+        found: list[Miss] = []
+        seen: list[Seen] = []
+        for position, one in enumerate(self.slopes):
+            miss, shown = against_slopes(
+                project(gradients, one.direction),
+                project_tolerance(allowed, one.direction),
+                one,
+                direction=position,
+                unit=self.unit,
+            )
+            found.append(miss)
+            seen += shown
+        bad = self._masked_nan(gradients)
+        decisive = bad or worst(found)
+        reason = None
+        verdict = None
+        if decisive.ratio > 1 and bad is None:
+            verdict, decisive, reason = Locator(self).confirm(decisive)
+        result = self.judged(row, decisive, seen, started, self._covered(), verdict=verdict, reason=reason)
+        if result.verdict is Verdict.FAIL:
+            self.failed = (decisive, self.stage)
+        return result
+
+    def exact_reference(self) -> Iterator[CheckResult]:
+        """The candidate against the forward's own derivative, where the differences confirm that one."""
+        label, source, stage = self._exact_source()
+        if label is None:
+            return
+        started = time.perf_counter()
+        row = self.row(f"{self.candidate.method} vs {label}", label, self.stage)
+        try:
+            expected = source(stage, self.setting.cotangents)
+        except (SoftcheckError, RuntimeError, NotImplementedError) as problem:
+            yield skipped(row, f"{label} cannot be differentiated: {first_line(problem)}")
+            return
+        if not self._confirmed(expected):
+            yield skipped(row, f"{label} is not made of differentiable operations: the differences contradict it")
+            return
+        self.trusted = Trusted(gradients=expected, reference=label, source=source)
+        miss, seen = against_gradient(self.witness_gradients, expected, self.tolerance)
+        result = self.judged(row, miss, seen, started, Checked(probes=len(expected)))
+        if result.verdict is Verdict.FAIL:
+            self.failed = (miss, self.stage)
+        yield result
+
+    def _exact_source(self) -> tuple[str | None, object, Stage]:
+        setting = self.setting
+        if setting.twin is None and setting.is_narrow:
+            return None, None, self.stage
+        if self.plan.reference is not None:
+            return "reference", reverse_mode, self._reference_stage()
+        if setting.program.framework != "torch":
+            return None, None, self.stage
+        if setting.customs:
+            names = ", ".join(sorted({custom.name for custom in setting.customs}))
+            return f"autodiff of {names}.forward", plain_autodiff, self.stage
+        if setting.program.rule is not None:
+            return "autodiff of the forward", reverse_mode, self.stage
+        return None, None, self.stage
+
+    def _reference_stage(self) -> Stage:
+        reference = self.plan.reference
+        assert reference is not None
+        values = tuple(widened(argument.value) for argument in reference.arguments)
+        return Stage(program=reference, values=values, dtype=torch.float64, kept=self.stage.kept)
+
+    def _confirmed(self, gradients: Sequence[Gradient]) -> bool:
+        """Whether the differences agree with these gradients in every direction."""
+        for position, one in enumerate(self.slopes):
+            miss, _ = against_slopes(
+                project(gradients, one.direction),
+                project_tolerance(self.tolerance, one.direction),
+                one,
+                direction=position,
+                unit=self.unit,
+            )
+            if miss.ratio > 1:
+                return False
+        return True
+
+    def in_given_dtype(self) -> Iterator[CheckResult]:
+        """The gradient in the dtype as given against the confirmed one in float64, with the measured tolerance."""
+        setting = self.setting
+        if not setting.is_narrow or setting.twin is None:
+            return
+        row = self.row(
+            f"{self.candidate.method} in {dtype_name(setting.narrowest)}", "", setting.native, setting.narrowest
+        )
+        started = time.perf_counter()
+        expected, reference, source = self._confirmed_gradients()
+        if expected is None:
+            yield skipped(row, "the gradient in float64 is wrong already")
+            return
+        row = self.row(row.method, f"{reference} in float64", setting.native, setting.narrowest)
+        got = self.candidate.source(setting.native, setting.cotangents)
+        miss, seen = against_gradient(got, expected, self.native_tolerance)
+        result = self.judged(row, miss, seen, started, Checked(probes=len(got)))
+        if result.verdict is Verdict.FAIL and self.failed is None:
+            self.failed = (miss, setting.native)
+        yield result
+
+    def _confirmed_gradients(self) -> tuple[list[Gradient] | None, str, object]:
+        if self.trusted is not None:
+            return self.trusted.gradients, self.trusted.reference, self.trusted.source
+        if self._confirmed(self.witness_gradients):
+            return self.witness_gradients, self.candidate.method, self.candidate.source
+        return None, "", None
+
+    # -- judgement
+
+    def _masked_nan(self, gradients: Sequence[Gradient]) -> Miss | None:
+        """NaN that comes back for an input which differences cannot move, such as a mask of -inf."""
+        for k, gradient in enumerate(gradients):
+            for position, (part, value) in enumerate(zip(gradient, self.stage.point, strict=True)):
+                bad = ~torch.isfinite(as_real(part)) & ~torch.isfinite(as_real(value))
+                if bool(bad.any()):
+                    entry = int(bad.flatten().to(torch.uint8).argmax())
+                    return Miss(
+                        ratio=math.inf,
+                        got=float(as_real(part).flatten()[entry]),
+                        expected=0.0,
+                        error=math.inf,
+                        bound=0.0,
+                        cotangent=k,
+                        argument=position,
+                        entry=entry,
+                    )
+        return None
+
+    def _covered(self) -> Checked:
+        total = sum(as_real(value).numel() for value in self.stage.point)
+        units = total if self.every_entry else 0
+        return Checked(entries=units, total=total, probes=len(self.slopes) - units)
+
+    def judged(
+        self,
+        row: Row,
+        miss: Miss,
+        seen: Sequence[Seen],
+        started: float,
+        checked: Checked,
+        *,
+        verdict: Verdict | None = None,
+        reason: str | None = None,
+    ) -> CheckResult:
+        smallest, zeros = detectable(seen)
+        if verdict is None:
+            verdict = Verdict.FAIL if miss.ratio > 1 else Verdict.PASS
+            if verdict is Verdict.PASS and smallest > self.plan.resolution:
+                verdict, reason = Verdict.INCONCLUSIVE, _blind(smallest, self.plan.resolution)
+        if verdict is Verdict.PASS and zeros and reason is None:
+            names = self.setting.places()
+            named = ", ".join(names[position] for position in zeros if position >= 0) or "all arguments"
+            reason = f"the derivative with respect to {named} is zero as far as can be seen"
+        if verdict is Verdict.PASS and any(one.kink for one in self.slopes) and reason is None:
+            reason = "a kink lies at the point: the gradient is between its two slopes"
+        if verdict is Verdict.PASS and any(one.one_sided for one in self.slopes) and reason is None:
+            reason = "the function exists on one side of the point only and was differenced there"
+        return CheckResult(
+            name=row.name,
+            check=row.check,
+            method=row.method,
+            verdict=verdict,
+            reference=row.reference,
+            backend=row.backend,
+            device=row.device,
+            dtype=row.dtype,
+            max_error=miss.error,
+            bound=miss.bound,
+            ratio=miss.ratio,
+            detectable=None if smallest == 0.0 else smallest,
+            worst=miss.mismatch(self.place(miss)),
+            checked=checked,
+            reason=reason,
+            seconds=time.perf_counter() - started,
+        )
+
+    def place(self, miss: Miss) -> str:
+        """Where a miss is, in words."""
+        names = self.setting.places()
+        if miss.argument < 0:
+            return "all arguments together"
+        name = names[miss.argument]
+        value = self.stage.point[miss.argument]
+        entry = miss.entry
+        if entry is None and miss.direction is not None:
+            entry = _only_entry(self.slopes[miss.direction].direction[miss.argument])
+        if entry is None:
+            return f"{name} along a random direction"
+        return f"{name}{entry_name(entry, value)}"
+
+
+def _only_entry(direction: Tensor) -> int | None:
+    moved = as_real(direction).flatten().nonzero().flatten()
+    return int(moved[0]) if moved.numel() == 1 else None
+
+
+def _blind(smallest: float, resolution: float) -> str:
+    if math.isinf(smallest):
+        return "the error bar is wider than the derivative, so nothing can be told"
+    return f"relative errors up to {smallest:.2g} would not be seen, more than {resolution:.2g}"

@@ -1,0 +1,102 @@
+"""Gradients of the function under test from every source there is, and what rounding allows each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.function.setting import Setting
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.functions.reference import Rounding
+from gradcheck_cli.program.bypass import bypassed
+from gradcheck_cli.program.outputs import as_real
+from gradcheck_cli.program.rounding import measured_spread, tolerance
+from gradcheck_cli.program.stage import Stage
+
+Gradient = list[Tensor]
+"""One gradient: a tensor for every varied argument."""
+Source = Callable[[Stage, Sequence[Sequence[Tensor]]], list[Gradient]]
+"""A stage and K upstream gradients -> K gradients."""
+
+_MEASURED = 4
+"""Upstream gradients for which the rounding is measured; the others of a small function are alike."""
+_LEAST_ULPS = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A gradient under check: its name in the report and how to get it."""
+
+    method: str
+    source: Source
+
+
+def reverse_mode(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
+    """Torch's reverse mode through the function as it is."""
+    return stage.reverse(cotangents)
+
+
+def written_rule(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
+    """The hand-written backward."""
+    return stage.rule(cotangents)
+
+
+def plain_autodiff(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
+    """Reverse mode with every custom backward set aside: the derivative of the forward as it is written."""
+    with bypassed():
+        return stage.reverse(cotangents)
+
+
+def candidates(setting: Setting) -> list[Candidate]:
+    """What is under check: the rule if one is given, otherwise reverse mode."""
+    if setting.program.rule is not None:
+        return [Candidate(method="hand-written backward", source=written_rule)]
+    if setting.program.framework != "torch":
+        raise SoftcheckError(
+            f"{setting.program.name} is a NumPy function, and NumPy has no gradient to check",
+            hint="add --backward TARGET, a rule backward(x, grad_output) -> grad_x",
+        )
+    return [Candidate(method="reverse mode", source=reverse_mode)]
+
+
+def rounding_tolerance(
+    setting: Setting, stage: Stage, source: Source, cotangents: Sequence[Sequence[Tensor]], *, unit: float
+) -> list[Gradient]:
+    """What a right gradient may be off by in arithmetic of that unit roundoff, entry by entry, in float64.
+
+    Measured by perturbing every operation (see `measured_spread`) on the first few upstream gradients; the others
+    get the largest of these, relative to their own size.
+    """
+    measured = cotangents[:_MEASURED] if len(cotangents) <= _MEASURED else [*cotangents[:3], cotangents[-1]]
+    arguments = len(stage.point)
+
+    def run() -> list[Tensor]:
+        return [part for gradient in source(stage, measured) for part in gradient]
+
+    spread = measured_spread(run, unit=unit, seed=setting.program.seed)
+    pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
+    flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
+    found = [flat[start : start + arguments] for start in range(0, len(flat), arguments)]
+    if len(measured) == len(cotangents):
+        return found
+    return _like_the_largest(found, len(cotangents))
+
+
+def by_parts(allowed: Tensor, value: Tensor) -> Tensor:
+    """The tolerance of a complex number as that of both its parts."""
+    return allowed[..., None].expand(*allowed.shape, 2) if value.is_complex() else allowed
+
+
+def _like_the_largest(found: list[Gradient], count: int) -> list[Gradient]:
+    widest = [torch.stack(parts).amax(0) for parts in zip(*found, strict=True)]
+    return [*found[:3], *([widest] * (count - len(found))), found[-1]]
+
+
+def floor_of(gradients: Sequence[Gradient], *, dtype: torch.dtype) -> list[Gradient]:
+    """A few units in the last place of every entry, and the underflow of the dtype: the least that is allowed."""
+    rounding = Rounding.of(dtype)
+    return [
+        [_LEAST_ULPS * (rounding.unit * as_real(part).to(torch.float64).abs() + rounding.smallest) for part in gradient]
+        for gradient in gradients
+    ]

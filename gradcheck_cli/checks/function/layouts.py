@@ -1,0 +1,263 @@
+"""The rows about memory layout and batching: the same numbers in other strides, and many upstreams at once."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.function.compare import Miss, against_gradient, worst
+from gradcheck_cli.checks.function.derivative import DerivativeChecks
+from gradcheck_cli.checks.function.gradients import Gradient
+from gradcheck_cli.checks.function.laws import law_result, law_row
+from gradcheck_cli.checks.function.wording import first_line
+from gradcheck_cli.checks.judge import skipped
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.stage import Stage
+from gradcheck_cli.results import CheckResult, Diagnosis
+
+Arrange = Callable[[Tensor], Tensor]
+"""The same numbers in another memory layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """One way to lay out an array, and the least rank for which it is another one."""
+
+    name: str
+    least_rank: int
+    arrange: Arrange
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _sliced(value: Tensor) -> Tensor:
+    wide = torch.empty((*value.shape[:-1], 2 * value.shape[-1]), dtype=value.dtype, device=value.device)
+    wide.fill_(7)  # what lies between the entries must not be read
+    view = wide[..., ::2]
+    view.copy_(value)
+    return view
+
+
+def _offset(value: Tensor) -> Tensor:
+    store = torch.empty(value.numel() + 3, dtype=value.dtype, device=value.device).fill_(7)
+    view = store[3:].view(value.shape)
+    view.copy_(value)
+    return view
+
+
+_LAYOUTS = (
+    _Layout(name="transposed", least_rank=2, arrange=_transposed),
+    _Layout(name="sliced", least_rank=1, arrange=_sliced),
+    _Layout(name="offset", least_rank=1, arrange=_offset),
+)
+
+
+class LayoutChecks:
+    """The candidate's gradient from the same numbers in other memory."""
+
+    def __init__(self, checks: DerivativeChecks) -> None:
+        self._checks = checks
+        self._setting = checks.setting
+        self._stage = checks.setting.native
+        self._w = self._setting.cotangents[-1]
+
+    def run(self) -> Iterator[CheckResult]:
+        """A row for every layout that differs, for expanded inputs and upstreams, and for batched derivatives."""
+        if self._setting.program.framework == "torch":
+            for layout in _LAYOUTS:
+                yield from self._arranged(layout)
+            yield from self._expanded_input()
+            yield from self._expanded_upstream()
+        else:
+            yield from self._negative_step()
+        if self._setting.program.rule is None and self._setting.program.framework == "torch":
+            yield from self._batched()
+
+    def _arranged(self, layout: _Layout) -> Iterator[CheckResult]:
+        point = self._stage.point
+        if not any(value.dim() >= layout.least_rank and value.numel() > 1 for value in point):
+            return
+        started = time.perf_counter()
+        dense = [value.contiguous() for value in point]
+        arranged = [
+            layout.arrange(value) if value.dim() >= layout.least_rank and value.numel() > 1 else value
+            for value in dense
+        ]
+        yield self._compared(f"{layout.name} inputs", dense, arranged, started)
+
+    def _expanded_input(self) -> Iterator[CheckResult]:
+        point = self._stage.point
+        if not any(value.dim() >= 2 and value.shape[0] > 1 and value.numel() for value in point):
+            return
+        started = time.perf_counter()
+        expanded = [
+            value[:1].expand(value.shape) if value.dim() >= 2 and value.shape[0] > 1 else value for value in point
+        ]
+        dense = [value.contiguous() for value in expanded]
+        yield self._compared("expanded inputs", dense, expanded, started)
+
+    def _compared(self, law: str, dense: Sequence[Tensor], arranged: Sequence[Tensor], started: float) -> CheckResult:
+        row = law_row(self._checks, law)
+        try:
+            expected = self._gradient_at(dense)
+        except SoftcheckError as problem:
+            return skipped(row, f"it does not run on these numbers: {problem}")
+        try:
+            got = self._gradient_at(arranged)
+        except (SoftcheckError, RuntimeError) as problem:
+            return skipped(row, f"it refuses this layout: {problem}")
+        miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="layout",
+                message=f"The gradient changes when the same numbers come as {law}: the code reads or writes memory "
+                "in storage order.",
+            )
+        return law_result(self._checks, law, miss, started, diagnosis=diagnosis)
+
+    def _gradient_at(self, point: Sequence[Tensor]) -> Gradient:
+        """The gradient with exactly these tensors, views as they are, as the varied arguments."""
+        stage = self._stage
+        if stage.program.rule is not None:
+            values = stage.with_point(list(point))
+            found = stage.program.call_rule(values, self._w)
+            return [torch.zeros_like(v) if g is None else g for g, v in zip(found, point, strict=True)]
+        leaves = [value.detach().requires_grad_() for value in point]
+        with torch.enable_grad():
+            outputs = stage.outputs([leaf.view_as(leaf) for leaf in leaves])
+        attached = [(o, w.to(o.dtype)) for o, w in zip(outputs, self._w, strict=True) if o.requires_grad]
+        if not attached:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        tops, upstream = zip(*attached, strict=True)
+        with stage.scope(), stage.program.code.running():
+            gradient = torch.autograd.grad(tops, leaves, upstream, allow_unused=True)
+        return [torch.zeros_like(v) if g is None else g for g, v in zip(gradient, leaves, strict=True)]
+
+    def _tolerance(self, expected: Gradient) -> Gradient:
+        """Other strides may add in another order: as much as rounding explains at the point itself."""
+        checks, setting = self._checks, self._setting
+        narrow = setting.twin is not None and setting.is_narrow
+        known = checks.native_tolerance[-1] if narrow else checks.tolerance[-1]
+        largest = [part.amax() if part.numel() else part.sum() for part in known]
+        size = [_ULPS * setting.unit * _real(part).abs().nan_to_num() for part in expected]
+        return [_SAFETY * top + own for top, own in zip(largest, size, strict=True)]
+
+    def _expanded_upstream(self) -> Iterator[CheckResult]:
+        """An upstream gradient of zero stride, as a sum or a mean sends it."""
+        if not any(w.numel() > 1 for w in self._w):
+            return
+        started = time.perf_counter()
+        expanded = [w.reshape(-1)[-1:].view((1,) * w.dim()).expand(w.shape) if w.numel() > 1 else w for w in self._w]
+        row = law_row(self._checks, "expanded upstream")
+        saved = self._w
+        try:
+            expected = self._with_upstream([w.contiguous() for w in expanded])
+            got = self._with_upstream(expanded)
+        except (SoftcheckError, RuntimeError) as problem:
+            yield skipped(row, f"it refuses this layout: {problem}")
+            return
+        finally:
+            self._w = saved
+        miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="layout",
+                message="The gradient changes when the upstream gradient is expanded (stride 0), as a sum or mean "
+                "sends it: the code reads or writes its memory in storage order.",
+            )
+        yield law_result(self._checks, "expanded upstream", miss, started, diagnosis=diagnosis)
+
+    def _with_upstream(self, upstream: Sequence[Tensor]) -> Gradient:
+        self._w = list(upstream)
+        return self._gradient_at([value.contiguous() for value in self._stage.point])
+
+    def _negative_step(self) -> Iterator[CheckResult]:
+        """NumPy arrays that run backwards through memory."""
+        program, stage = self._setting.program, self._stage
+        assert program.rule is not None
+        started = time.perf_counter()
+        backwards = [_reversed(value) for value in stage.values]
+        upstream = [_reversed(w) for w in self._w]
+        with program.rule.running():
+            found = program.rule.call(*backwards, *upstream, **dict(program.rule.options))
+        got = replace(program, rule=replace(program.rule, call=lambda *_, **__: found)).call_rule(stage.values, self._w)
+        expected = stage.rule([self._w])[0]
+        filled = [torch.zeros_like(v) if g is None else g for g, v in zip(got, stage.point, strict=True)]
+        miss, _ = against_gradient([filled], [expected], [self._tolerance(expected)])
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="layout",
+                message="The gradient changes when the same numbers come in arrays of negative step: the code reads "
+                "memory in storage order.",
+            )
+        yield law_result(self._checks, "negative-step inputs", miss, started, diagnosis=diagnosis)
+
+    def _batched(self) -> Iterator[CheckResult]:
+        """Several upstreams at once (vmap over the backward) against one after the other."""
+        started = time.perf_counter()
+        row = law_row(self._checks, "batched derivatives (vmap)")
+        cotangents = self._setting.cotangents[:_BATCH]
+        graph = self._stage.graph()
+        if not all(graph.connected):
+            return
+        stacked = [torch.stack([w[position] for w in cotangents]) for position in range(len(graph.outputs))]
+        try:
+            with warnings.catch_warnings(), self._stage.program.code.running():
+                warnings.simplefilter("ignore")  # torch's notes on slow paths
+                found = torch.autograd.grad(
+                    graph.outputs,
+                    graph.leaves,
+                    stacked,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except (RuntimeError, SoftcheckError, NotImplementedError) as problem:
+            yield skipped(row, f"it cannot be batched: {first_line(problem)}")
+            return
+        misses: list[Miss] = []
+        for k, w in enumerate(cotangents):
+            one = [
+                torch.zeros_like(leaf) if g is None else g
+                for g, leaf in zip(graph.gradient(w), graph.leaves, strict=True)
+            ]
+            batched = [
+                torch.zeros_like(leaf) if g is None else g[k] for g, leaf in zip(found, graph.leaves, strict=True)
+            ]
+            misses.append(against_gradient([batched], [one], [self._tolerance(one)])[0])
+        miss = worst(misses)
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="batch-coupled",
+                message="Several upstream gradients at once (vmap) give something else than one after the other.",
+            )
+        yield law_result(self._checks, "batched derivatives (vmap)", miss, started, diagnosis=diagnosis)
+
+
+_BATCH = 4
+_ULPS = 8.0
+_SAFETY = 2.0
+
+
+def _real(part: Tensor) -> Tensor:
+    return (torch.view_as_real(part) if part.is_complex() else part).to(torch.float64)
+
+
+def _reversed(value: Tensor) -> object:
+    """The same numbers as a NumPy view with a negative step along the last axis."""
+    array = value.detach().cpu().numpy()
+    return array[..., ::-1].copy()[..., ::-1] if array.ndim else array.copy()
+
+
+def at_values(stage: Stage, values: Sequence[Tensor]) -> Stage:
+    """The stage with other values of the varied arguments."""
+    return replace(stage, values=tuple(stage.with_point(values)))

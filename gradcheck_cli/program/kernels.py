@@ -1,0 +1,168 @@
+"""How each operator of torch rounds: not at all, once per result, or along the sums inside it."""
+
+import math
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+ACCUMULATOR = 2.0**-24
+"""Unit roundoff of the accumulators (float32) that torch's kernels use for float16 and bfloat16."""
+
+
+class Rounding(Enum):
+    """Where an operator rounds."""
+
+    NONE = auto()
+    """It moves, selects, compares or draws; or its result is exact (neg, abs, relu, floor)."""
+    RESULT = auto()
+    """One arithmetic operation or a library function good to a few units per entry."""
+    FUSED = auto()
+    """An elementwise formula whose steps may cancel, in float32 at least."""
+    SUM = auto()
+    """A reduction in pairs or lanes: sum, mean, norms, softmax, cumulative sums, transforms, decompositions."""
+    PRODUCT = auto()
+    """A contraction whose kernel adds term after term within blocks: matrix products, convolutions."""
+    VECTOR_PRODUCT = auto()
+    """A contraction that may run through the whole length in one pass: matrix–vector, weight gradients."""
+    SCATTER = auto()
+    """A sum of entries into places, added one by one in the dtype itself."""
+
+
+def rounding(func: Any, args: tuple[Any, ...]) -> Rounding:
+    """The class of an ATen operator; what is not known is taken for a reduction, which perturbs most."""
+    name = func._overloadpacket.__name__.rstrip("_")
+    if torch.Tag.nondeterministic_seeded in func.tags or name in _MOVES or name.endswith(_MOVE_ENDINGS):
+        return Rounding.NONE
+    if name in ("index_put", "_index_put_impl"):
+        return Rounding.SCATTER if any(value is True for value in args[3:4]) else Rounding.NONE
+    if name in _PRODUCTS:
+        thin = any(1 in value.shape for value in args if isinstance(value, Tensor))
+        return Rounding.VECTOR_PRODUCT if thin or name in _VECTOR_PRODUCTS else Rounding.PRODUCT
+    if name in _ONE_STEP:
+        exact = name in ("mul", "div") and _power_of_two(args[1:2])
+        return Rounding.NONE if exact else Rounding.RESULT
+    elementwise = torch.Tag.pointwise in func.tags or name in _POINTWISE
+    return Rounding.SCATTER if name in _SCATTERS else Rounding.FUSED if elementwise else Rounding.SUM
+
+
+def growth(kind: Rounding, length: float) -> tuple[float, float]:
+    """Factors on the unit of the accumulator for (operands, results), for `length` terms per result.
+
+    Operands carry what random signs leave (error ∝ √Σa²), results what terms of one sign leave (error ∝ Σ|a|).
+    Adding term after term gives an error of u·√(length/12)·√Σa² for random signs, seen to three digits in float32
+    weight gradients of convolutions; blocks stop the growth. Measured with torch's CPU kernels in float32, errors in
+    units of u·√Σa² (random signs) and u·|result| (one sign), length 16 / 64 / 256 / 1024 / 16384:
+    matrix–matrix 1.2 2.4 3.4 4.2 5.0 and 1.0 2.1 2.1 1.6 2.4; matrix–vector 1.0 1.7 2.5 4.3 13 and 0.8 0.7 1.2 2.3
+    8.5; sums 1.0 1.4 1.9 2.0 2.6 and 1.0 0.8 1.0 0.9 1.0. A factor is such an error over the 1/√3 of a uniform ξ
+    (two operands: 1/√3·√2).
+    """
+    root = math.sqrt(max(length, 1.0))
+    if kind is Rounding.PRODUCT:
+        return max(1.0, 0.35 * min(root, 20.0)), max(1.0, 0.45 * min(root, 8.0))
+    if kind is Rounding.VECTOR_PRODUCT:
+        return max(1.0, 0.35 * root), max(1.0, 0.45 * min(root, 8.0), 0.11 * root)
+    if kind is Rounding.SCATTER:
+        return max(1.0, 0.5 * root), max(1.0, 0.5 * root)
+    if kind is Rounding.SUM:
+        return math.sqrt(max(1.0, math.log2(max(length, 1.0)))), 1.5
+    return 1.0, 1.0
+
+
+def sum_length(func: Any, args: tuple[Any, ...]) -> float:
+    """Terms per result: exact for products and convolutions, the longest axis or the most repeated index otherwise."""
+    name = func._overloadpacket.__name__.rstrip("_")
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.numel()]
+    if not tensors:
+        return 1.0
+    if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "vdot"):
+        return float(tensors[-1].shape[-2 if tensors[-1].ndim > 1 else 0])
+    if name == "convolution":
+        return float(args[1].numel() / (args[1].shape[1] if args[6] else args[1].shape[0]))
+    if name == "convolution_backward":
+        gradient, _, weight = args[:3]
+        return float(max(gradient.numel() / gradient.shape[1], weight.numel() / weight.shape[1]))
+    if name in _SCATTERS or "index_put" in name:
+        return _repeats(tensors)
+    return float(max(max(value.shape, default=1) for value in tensors))
+
+
+def _repeats(tensors: list[Tensor]) -> float:
+    """How often the most frequent index occurs along one axis; nine, a usual window, where there is no index."""
+    indices = [value for value in tensors if value.dtype in (torch.int64, torch.int32)]
+    counts = [float(value.flatten().clamp_min(0).bincount().max()) for value in indices]
+    return max(counts, default=9.0)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _power_of_two(values: tuple[Any, ...]) -> bool:
+    return any(isinstance(v, int | float) and v != 0 and abs(math.frexp(v)[0]) == 0.5 for v in values)
+
+
+_MOVE_ENDINGS = (
+    "_copy",
+    "_scatter",
+    "_like",
+    "_unpool2d",
+    "_unpool3d",
+    "_pad1d",
+    "_pad2d",
+    "_pad3d",
+    "_pad_nd",
+    "pixel_shuffle",
+)
+_MOVES = _names(
+    """
+    clone copy _to_copy to detach lift_fresh lift alias _unsafe_view _reshape_alias set resize zero fill
+    cat stack index select slice gather index_select masked_select masked_fill masked_scatter where scatter index_copy
+    index_fill take put roll flip repeat repeat_interleave tril triu diag_embed embedding im2col unfold constant_pad_nd
+    select_backward slice_backward diagonal_backward value_selecting_reduction_backward new_zeros new_ones new_full
+    new_empty new_empty_strided zeros ones full empty empty_strided arange eye scalar_tensor complex real imag conj
+    _conj_physical conj_physical resolve_conj resolve_neg channel_shuffle pixel_unshuffle
+    upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+    max amax min amin argmax argmin aminmax maximum minimum fmax fmin sort argsort topk kthvalue median nanmedian mode
+    cummax cummin _cummax_helper _cummin_helper max_pool2d_with_indices max_pool3d_with_indices max_pool2d
+    adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d searchsorted bucketize unique
+    _unique2 relu relu6 threshold threshold_backward clamp clamp_min clamp_max hardtanh hardtanh_backward abs neg sign
+    sgn signbit round floor ceil trunc nan_to_num heaviside copysign nextafter frexp isnan isinf isfinite eq ne lt le
+    gt ge logical_not logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor nonzero
+    equal allclose isclose _local_scalar_dense item fmod remainder floor_divide ldexp dequantize hardshrink
+    _fw_primal _make_dual _unpack_dual native_dropout_mask bernoulli is_same_size _nested_tensor_from_mask
+    """
+)
+_ONE_STEP = _names(
+    """
+    add sub rsub mul div true_divide reciprocal sqrt rsqrt square pow exp exp2 expm1 log log2 log10 log1p sin cos tan
+    asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid erf erfc hypot sigmoid_backward tanh_backward xlogy
+    native_dropout native_dropout_backward nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
+    _foreach_add _foreach_mul _foreach_div _foreach_sub linspace logspace angle sinc special_i0 deg2rad rad2deg
+    """
+)
+_POINTWISE = _names("gelu_backward silu_backward mish_backward log_sigmoid_forward log_sigmoid_backward lerp")
+_PRODUCTS = _names(
+    """
+    mm bmm mv dot vdot addmm addmv baddbmm addbmm addr ger matmul linear convolution convolution_backward
+    convolution_overrideable _convolution _scaled_dot_product_flash_attention_for_cpu _scaled_mm
+    _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention
+    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_backward _trilinear _thnn_fused_lstm_cell lstm gru cdist _cdist_forward
+    _cdist_backward mkldnn_rnn_layer mkldnn_rnn_layer_backward _addmm_activation
+    """
+)
+_VECTOR_PRODUCTS = frozenset(
+    ["convolution_backward", "mv", "dot", "vdot", "addmv", "cdist", "_cdist_forward", "_cdist_backward"]
+)
+_SCATTERS = _names(
+    """
+    scatter_add scatter_reduce index_add index_reduce embedding_dense_backward embedding_backward
+    _embedding_bag_dense_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+    avg_pool2d_backward avg_pool3d_backward col2im unfold_backward put_accumulate adaptive_max_pool2d_backward
+    upsample_nearest2d_backward grid_sampler_2d_backward grid_sampler_3d_backward
+    """
+)

@@ -1,0 +1,284 @@
+"""How far a correct program may round: Monte Carlo arithmetic on the float64 twin, operator by operator."""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradcheck_cli.program.kernels import ACCUMULATOR, Rounding, growth, rounding, sum_length
+from gradcheck_cli.program.twin import Float64Twin
+
+SAFETY = 4.0
+"""Multiple of the spread that a correct result may deviate by; see `tolerance`."""
+MEASURING_UNIT = 2.0**-36
+"""Smallest unit that shows in float64 (2^17 of its own); spreads for smaller units are scaled down linearly."""
+_PRIOR_WEIGHT = 1.0
+"""How many samples the neighbours' mean square counts for beside an entry's own."""
+_LAST_PLACES = 4.0
+"""Units of roundoff of the entry itself that are always allowed: its own kernel and the comparison's conversion."""
+_SHORT_AXIS = 4
+"""An axis with fewer entries gives no mean to speak of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """What perturbing every operation by its rounding does to the results of a run.
+
+    `values` is the unperturbed run and `typical` the root mean square deviation from it, entry by entry, in float64
+    (real, also for complex values). `complete` is False where a sample was not finite or raised (the point is at the
+    edge of a domain): `how` says what was done instead.
+    """
+
+    values: tuple[Tensor, ...]
+    typical: tuple[Tensor, ...]
+    samples: int
+    complete: bool
+    how: str = ""
+
+
+def measured_spread(
+    run: Callable[[], Sequence[Tensor]],
+    *,
+    unit: float,
+    samples: int = 8,
+    seed: int = 0,
+    keep_float64: bool = False,
+    native: torch.dtype = torch.float32,
+) -> Spread:
+    """The spread of run() when every operation rounds with unit roundoff `unit`, forward and backward.
+
+    run() is called samples + 1 times and returns the same number of floating tensors each time: values, gradients,
+    computed in float64. Each operation's results are multiplied by 1 + unit·ξ, ξ uniform in [−1, 1] per entry, and
+    the operands of those that add up inside by 1 + accumulator·ξ (kernels.py says which and how much more for long
+    sums; below float32 torch accumulates in float32). What only moves, selects or compares is left alone. Every run
+    starts from the same seeded random state, which is restored afterwards. `keep_float64` also runs it in the
+    float64 twin of a program that is natively `native`.
+
+    Errors: whatever the unperturbed run raises.
+    Source: Monte Carlo arithmetic (Parker 1997), as in Verificarlo and CADNA, at the level of operators.
+    """
+    scale = max(1.0, MEASURING_UNIT / unit)
+    perturbed_by = _Samples(run=run, unit=unit * scale, seed=seed, twin=native if keep_float64 else None)
+    values = tuple(value.detach().clone() for value in perturbed_by.plain())
+    squares = [torch.zeros_like(value.detach().abs(), dtype=torch.float64) for value in values]
+    results_only, taken = False, 0
+    for number in range(samples):
+        sample = perturbed_by.sample(number, operands=True)
+        if not _usable(sample, values):
+            results_only, sample = True, perturbed_by.sample(number, operands=False)
+        if sample is None or not _usable(sample, values):
+            continue
+        taken += 1
+        for total, perturbed, value in zip(squares, sample, values, strict=True):
+            deviation = ((perturbed.detach() - value).abs().double() / scale).square()
+            total.add_(torch.where(torch.isfinite(value), deviation, 0.0))
+    missing = samples - taken
+    how = [f"{missing} of {samples} samples were not finite"] * (missing > 0) + ["operands unperturbed"] * results_only
+    return Spread(
+        values=values,
+        typical=tuple((total / max(taken, 1)).sqrt() for total in squares),
+        samples=taken,
+        complete=not how,
+        how="; ".join(how),
+    )
+
+
+def tolerance(spread: Spread, *values: Tensor, unit: float) -> tuple[Tensor, ...]:
+    """What a correct computation with unit roundoff `unit` may deviate from the exact result, entry by entry.
+
+    bound = SAFETY · √((n·typical² + local²) / (n + 1)) + 4·unit·|value| + 4·η, where n is the number of samples, so
+    that the neighbours count as one sample more: the root mean square of eight is itself known to 25 % only, and by
+    chance it may be far too small or zero. local² is the smallest of the mean squares along each axis (of at least
+    four entries; otherwise over the tensor) through the entry: rows or columns of another scale keep it. η is the
+    smallest subnormal of the dtypes with that unit. `values` default to the spread's own.
+
+    Returns one real float64 tensor per value. A spread without samples gives NaN: nothing is known.
+    """
+    chosen = values or spread.values
+    subnormal = _subnormal(unit)
+    bounds = []
+    for value, typical in zip(chosen, spread.typical, strict=True):
+        count = spread.samples
+        square = (count * typical.square() + _PRIOR_WEIGHT * _local(typical)) / (count + _PRIOR_WEIGHT)
+        own = _LAST_PLACES * (unit * value.detach().abs().double() + subnormal)
+        bounds.append(SAFETY * square.sqrt() + own if count else torch.full_like(typical, math.nan))
+    return tuple(bounds)
+
+
+def _local(typical: Tensor) -> Tensor:
+    """Mean square in the neighbourhood of each entry: the quietest of the lines through it."""
+    square = typical.square()
+    axes = [axis for axis in range(square.ndim) if square.shape[axis] >= _SHORT_AXIS]
+    if not axes:
+        return square.mean().expand_as(square) if square.numel() else square
+    means = [square.mean(axis, keepdim=True).expand_as(square) for axis in axes]
+    return torch.stack(means).amin(0)
+
+
+def _subnormal(unit: float) -> float:
+    """The largest of the smallest subnormals of torch's dtypes with this unit roundoff."""
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    found = [torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps for dtype in dtypes]
+    matching = [eta for dtype, eta in zip(dtypes, found, strict=True) if torch.finfo(dtype).eps / 2 == unit]
+    return max(matching, default=0.0)
+
+
+def _usable(sample: Sequence[Tensor] | None, values: Sequence[Tensor]) -> bool:
+    """Whether a sample is finite wherever the unperturbed run is."""
+    return sample is not None and all(
+        bool((torch.isfinite(perturbed) | ~torch.isfinite(value)).all())
+        for perturbed, value in zip(sample, values, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Samples:
+    """The same run, again and again from the same random state."""
+
+    run: Callable[[], Sequence[Tensor]]
+    unit: float
+    seed: int
+    twin: torch.dtype | None
+
+    def plain(self) -> Sequence[Tensor]:
+        with self._twin(), _same_random_state(self.seed):
+            return tuple(self.run())
+
+    def sample(self, number: int, *, operands: bool) -> Sequence[Tensor] | None:
+        """One perturbed run; None if it raised, as at the edge of a domain it may."""
+        noise = _Noise(seed=self.seed * 1_000_003 + number + 1)
+        try:
+            with self._twin(), _same_random_state(self.seed), _Perturbed(self.unit, noise, operands=operands):
+                return tuple(self.run())
+        except (RuntimeError, ValueError, ArithmeticError):  # linalg's errors are RuntimeErrors
+            return None
+
+    def _twin(self) -> contextlib.AbstractContextManager[object]:
+        return Float64Twin(native=self.twin) if self.twin is not None else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _same_random_state(seed: int) -> Iterator[None]:
+    """Torch's, NumPy's and Python's global generators, seeded, and restored afterwards."""
+    kept = np.random.get_state(), random.getstate()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(kept[0])
+            random.setstate(kept[1])
+
+
+class _Noise:
+    """Own generators, one per device, apart from the program's."""
+
+    def __init__(self, *, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def scaled(self, value: Tensor, unit: float) -> Tensor:
+        """value ⊙ (1 + unit·ξ); the parts of a complex number get their own ξ."""
+        if value.is_complex():
+            return torch.view_as_complex(self.scaled(torch.view_as_real(value.resolve_conj()), unit))
+        return value * self._factor(value, unit)
+
+    def scale_in_place(self, value: Tensor, unit: float) -> None:
+        """The same, into the value's own memory."""
+        if value.is_complex():
+            value.copy_(self.scaled(value, unit))
+        else:
+            value.mul_(self._factor(value, unit))
+
+    def _factor(self, value: Tensor, unit: float) -> Tensor:
+        if value.device not in self._generators:
+            self._generators[value.device] = torch.Generator(value.device).manual_seed(self._seed)
+        factor = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return factor.uniform_(1 - unit, 1 + unit, generator=self._generators[value.device])
+
+
+class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types for it
+    """Every operation rounds at random, as its kernel would in the dtype with this unit roundoff."""
+
+    def __init__(self, unit: float, noise: _Noise, *, operands: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self._unit = unit
+        self._accumulator = min(unit, ACCUMULATOR)
+        self._noise = noise
+        self._operands = operands
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator with its rounding."""
+        kwargs = kwargs or {}
+        cast = _cast_unit(func, args, kwargs)
+        kind = rounding(func, args)
+        if cast == 0.0 and (kind is Rounding.NONE or _is_view(func)):
+            return func(*args, **kwargs)
+        written = _written(func, args, kwargs)
+        if kind in (Rounding.NONE, Rounding.RESULT) or not self._operands:
+            result = func(*args, **kwargs)
+            operand_growth = result_growth = 1.0
+        else:
+            operand_growth, result_growth = growth(kind, sum_length(func, args))
+            result = func(*self._with_noise(args, written, kind, operand_growth), **kwargs)
+        unit = max(cast, math.hypot(self._unit, self._inner(kind) * result_growth) if cast == 0.0 else 0.0)
+        for value in written or pytree.tree_leaves(result):
+            if _is_floating(value):
+                self._noise.scale_in_place(value, unit)
+        return result
+
+    def _inner(self, kind: Rounding) -> float:
+        """The unit in which a kernel adds up."""
+        return self._unit if kind is Rounding.SCATTER else self._accumulator
+
+    def _with_noise(self, args: tuple[Any, ...], written: list[Tensor], kind: Rounding, growth: float) -> Any:
+        unit = self._inner(kind) * growth
+        kept = {id(value) for value in written}
+        return pytree.tree_map(
+            lambda leaf: self._noise.scaled(leaf, unit) if _is_floating(leaf) and id(leaf) not in kept else leaf, args
+        )
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and value.numel() > 0
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result shares memory with an argument that is not written."""
+    return any(
+        returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns
+    )
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that the operator writes in place, by its schema."""
+    if not func._schema.is_mutable:
+        return []
+    schema = {argument.name: argument for argument in func._schema.arguments}
+    pairs = [*zip(schema.values(), args, strict=False), *((schema[name], value) for name, value in kwargs.items())]
+    targets = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
+
+
+def _cast_unit(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Unit roundoff of an explicit cast to a narrower dtype; 0 where there is none."""
+    if func._overloadpacket.__name__ != "_to_copy" or not args[0].is_floating_point():
+        return 0.0
+    asked = kwargs.get("dtype")
+    if asked is None or not asked.is_floating_point:
+        return 0.0
+    narrower = torch.finfo(asked).eps > torch.finfo(args[0].dtype).eps
+    return torch.finfo(asked).eps / 2 if narrower else 0.0
