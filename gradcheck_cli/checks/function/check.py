@@ -15,6 +15,7 @@ from gradcheck_cli.checks.function.second_order import SecondOrderChecks
 from gradcheck_cli.checks.function.setting import Setting, make_setting
 from gradcheck_cli.program.program import Program
 from gradcheck_cli.results import CheckResult, Verdict
+from gradcheck_cli.verdict.stream import SMALL_ARRAY, one_thread_per_kernel
 
 
 class FunctionCheck:
@@ -27,7 +28,15 @@ class FunctionCheck:
         self._directions: list[int] = []
 
     def results(self) -> Iterator[CheckResult]:
-        """Forward, reverse mode, forward mode, laws, layouts, second order."""
+        """Forward, reverse mode, forward mode, laws, layouts, second order.
+
+        Small arrays are worked on by one thread: handing them to others costs more than it saves.
+        """
+        size = sum(value.numel() for value in self.setting.native.values)
+        with one_thread_per_kernel(when=size <= SMALL_ARRAY):
+            yield from self._results()
+
+    def _results(self) -> Iterator[CheckResult]:
         forward = ForwardChecks(self.setting, self.plan)
         yield from forward.run()
         for candidate in candidates(self.setting):
@@ -50,7 +59,7 @@ class FunctionCheck:
             if result.verdict is not Verdict.FAIL:
                 yield result
                 continue
-            diagnosis = explain(checks)
+            diagnosis = checks.diagnosis(explain)
             if diagnosis is None:
                 yield result
                 continue

@@ -159,12 +159,13 @@ _VANISHES = 1e-6
 """A derivative below this share of its natural size, and within its bound, is called zero."""
 
 
-def detectable(seen: Sequence[Seen]) -> tuple[float, list[int]]:
+def detectable(seen: Sequence[Seen]) -> tuple[float, list[int], int]:
     """The smallest relative error that some comparison would have shown, for the argument seen worst.
 
-    Also gives the arguments whose derivative is zero as far as can be seen, which have no relative error.
+    Also gives the arguments whose derivative is zero as far as can be seen, which have no relative error, and the
+    argument seen worst.
     """
-    found: list[float] = []
+    found: list[tuple[float, int]] = []
     zeros: list[int] = []
     for argument in sorted({one.argument for one in seen}):
         mine = [one for one in seen if one.argument == argument]
@@ -173,5 +174,6 @@ def detectable(seen: Sequence[Seen]) -> tuple[float, list[int]]:
         if best >= 1 and sharp:
             zeros.append(argument)
         else:
-            found.append(best * _DETECTABLE_MARGIN)
-    return max(found, default=0.0), zeros
+            found.append((best * _DETECTABLE_MARGIN, argument))
+    largest, weakest = max(found, default=(0.0, -1))
+    return largest, zeros, weakest

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from gradcheck_cli.checks.function.compare import (
 from gradcheck_cli.checks.function.gradients import (
     Candidate,
     Gradient,
+    Source,
     floor_of,
     plain_autodiff,
     reverse_mode,
@@ -42,7 +43,7 @@ from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real
 from gradcheck_cli.program.stage import Stage, widened
-from gradcheck_cli.results import Checked, CheckResult, Verdict
+from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 
 ENTRIES = 24
 """Inputs up to which every entry is moved on its own unasked: 48 evaluations each."""
@@ -59,7 +60,8 @@ class Trusted:
 
     gradients: list[Gradient]
     reference: str
-    source: object
+    source: Source
+    stage: Stage
 
 
 class DerivativeChecks:
@@ -74,6 +76,7 @@ class DerivativeChecks:
         self._native_tolerance: list[Gradient] | None = None
         self.trusted: Trusted | None = None
         self.failed: tuple[Miss, Stage] | None = None
+        self._explained: dict[int, Diagnosis | None] = {}
 
     # -- shared measurements
 
@@ -155,7 +158,7 @@ class DerivativeChecks:
         """What rounding allows each entry of a gradient in the dtype as given."""
         assert self.setting.twin is not None
         if self._native_tolerance is None:
-            expected, _, _ = self._confirmed_gradients()
+            expected, _ = self._confirmed_gradients()
             size = self.witness_gradients if expected is None else expected
             self._native_tolerance = self.tolerance_of(self.setting.twin, self.setting.unit, size)
         return self._native_tolerance
@@ -196,19 +199,10 @@ class DerivativeChecks:
         """The candidate against finite differences, with a second look before anything is convicted."""
         started = time.perf_counter()
         row = self.row(f"{self.candidate.method} vs differences", "finite difference", self.stage)
-        gradients, allowed = self.witness_gradients, self.tolerance
-        found: list[Miss] = []
-        seen: list[Seen] = []
-        for position, one in enumerate(self.slopes):
-            miss, shown = against_slopes(
-                project(gradients, one.direction),
-                project_tolerance(allowed, one.direction),
-                one,
-                direction=position,
-                unit=self.unit,
-            )
-            found.append(miss)
-            seen += shown
+        gradients = self.witness_gradients
+        pairs = self._compared(gradients)
+        found = [miss for miss, _ in pairs]
+        seen = [one for _, shown in pairs for one in shown]
         bad = self._masked_nan(gradients)
         decisive = bad or worst(found)
         reason = None
@@ -235,27 +229,27 @@ class DerivativeChecks:
         if not self._confirmed(expected):
             yield skipped(row, f"{label} is not made of differentiable operations: the differences contradict it")
             return
-        self.trusted = Trusted(gradients=expected, reference=label, source=source)
+        self.trusted = Trusted(gradients=expected, reference=label, source=source, stage=stage)
         miss, seen = against_gradient(self.witness_gradients, expected, self.tolerance)
         result = self.judged(row, miss, seen, started, Checked(probes=len(expected)))
         if result.verdict is Verdict.FAIL:
             self.failed = (miss, self.stage)
         yield result
 
-    def _exact_source(self) -> tuple[str | None, object, Stage]:
+    def _exact_source(self) -> tuple[str | None, Source, Stage]:
         setting = self.setting
         if setting.twin is None and setting.is_narrow:
-            return None, None, self.stage
+            return None, reverse_mode, self.stage
         if self.plan.reference is not None:
             return "reference", reverse_mode, self._reference_stage()
         if setting.program.framework != "torch":
-            return None, None, self.stage
+            return None, reverse_mode, self.stage
         if setting.customs:
             names = ", ".join(sorted({custom.name for custom in setting.customs}))
             return f"autodiff of {names}.forward", plain_autodiff, self.stage
         if setting.program.rule is not None:
             return "autodiff of the forward", reverse_mode, self.stage
-        return None, None, self.stage
+        return None, reverse_mode, self.stage
 
     def _reference_stage(self) -> Stage:
         reference = self.plan.reference
@@ -265,17 +259,33 @@ class DerivativeChecks:
 
     def _confirmed(self, gradients: Sequence[Gradient]) -> bool:
         """Whether the differences agree with these gradients in every direction."""
-        for position, one in enumerate(self.slopes):
-            miss, _ = against_slopes(
+        return all(miss.ratio <= 1 for miss, _ in self._compared(gradients))
+
+    def _compared(self, gradients: Sequence[Gradient]) -> list[tuple[Miss, list[Seen]]]:
+        """Gradients against the differences, direction by direction."""
+        return [
+            against_slopes(
                 project(gradients, one.direction),
                 project_tolerance(self.tolerance, one.direction),
                 one,
                 direction=position,
                 unit=self.unit,
             )
-            if miss.ratio > 1:
-                return False
-        return True
+            for position, one in enumerate(self.slopes)
+        ]
+
+    def diagnosis(self, explain: "Callable[[DerivativeChecks], Diagnosis | None]") -> Diagnosis | None:
+        """The explanation of the failure, found once for each place that failed."""
+        if self.failed is None:
+            return None
+        key = id(self.failed[1])
+        if key not in self._explained:
+            self._explained[key] = explain(self)
+        return self._explained[key]
+
+    def difference_misses(self) -> list[Miss]:
+        """The candidate's misses, direction by direction."""
+        return [miss for miss, _ in self._compared(self.witness_gradients)]
 
     def in_given_dtype(self) -> Iterator[CheckResult]:
         """The gradient in the dtype as given against the confirmed one in float64, with the measured tolerance."""
@@ -286,7 +296,7 @@ class DerivativeChecks:
             f"{self.candidate.method} in {dtype_name(setting.narrowest)}", "", setting.native, setting.narrowest
         )
         started = time.perf_counter()
-        expected, reference, source = self._confirmed_gradients()
+        expected, reference = self._confirmed_gradients()
         if expected is None:
             yield skipped(row, "the gradient in float64 is wrong already")
             return
@@ -298,12 +308,20 @@ class DerivativeChecks:
             self.failed = (miss, setting.native)
         yield result
 
-    def _confirmed_gradients(self) -> tuple[list[Gradient] | None, str, object]:
+    def _confirmed_gradients(self) -> tuple[list[Gradient] | None, str]:
         if self.trusted is not None:
-            return self.trusted.gradients, self.trusted.reference, self.trusted.source
+            return self.trusted.gradients, self.trusted.reference
         if self._confirmed(self.witness_gradients):
-            return self.witness_gradients, self.candidate.method, self.candidate.source
-        return None, "", None
+            return self.witness_gradients, self.candidate.method
+        return None, ""
+
+    def confirmed_source(self) -> tuple[Source, Stage] | None:
+        """Where gradients for any upstream come from that the differences confirm, if there is such a source."""
+        if self.trusted is not None:
+            return self.trusted.source, self.trusted.stage
+        if self.setting.twin is not None and self._confirmed(self.witness_gradients):
+            return self.candidate.source, self.setting.twin
+        return None
 
     # -- judgement
 
@@ -342,11 +360,13 @@ class DerivativeChecks:
         verdict: Verdict | None = None,
         reason: str | None = None,
     ) -> CheckResult:
-        smallest, zeros = detectable(seen)
+        """The row of a comparison: fail beyond the bound, inconclusive where it could not have seen enough."""
+        smallest, zeros, weakest = detectable(seen)
         if verdict is None:
             verdict = Verdict.FAIL if miss.ratio > 1 else Verdict.PASS
             if verdict is Verdict.PASS and smallest > self.plan.resolution:
-                verdict, reason = Verdict.INCONCLUSIVE, _blind(smallest, self.plan.resolution)
+                name = "" if weakest < 0 else self.setting.places()[weakest]
+                verdict, reason = Verdict.INCONCLUSIVE, _blind(smallest, self.plan.resolution, name)
         if verdict is Verdict.PASS and zeros and reason is None:
             names = self.setting.places()
             named = ", ".join(names[position] for position in zeros if position >= 0) or "all arguments"
@@ -394,7 +414,8 @@ def _only_entry(direction: Tensor) -> int | None:
     return int(moved[0]) if moved.numel() == 1 else None
 
 
-def _blind(smallest: float, resolution: float) -> str:
+def _blind(smallest: float, resolution: float, name: str) -> str:
+    about = f" with respect to {name}" if name else ""
     if math.isinf(smallest):
-        return "the error bar is wider than the derivative, so nothing can be told"
-    return f"relative errors up to {smallest:.2g} would not be seen, more than {resolution:.2g}"
+        return f"the error bar{about} is wider than the derivative (a jump or a pole at the point, or all noise)"
+    return f"relative errors{about} up to {smallest:.2g} would not be seen, more than {resolution:.2g}"

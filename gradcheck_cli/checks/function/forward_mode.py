@@ -135,10 +135,10 @@ class ForwardModeChecks:
         miss = worst(found)
         verdict, reason = None, None
         if miss.ratio > 1:
-            verdict, reason = self._blame(forward, any(one.kink for one in chosen))
+            verdict, reason = self._blame(forward, kink=any(one.kink for one in chosen))
         return checks.judged(row, miss, seen, started, Checked(probes=len(chosen)), verdict=verdict, reason=reason)
 
-    def _blame(self, forward: CheckResult, kink: bool) -> tuple[Verdict | None, str]:
+    def _blame(self, forward: CheckResult, *, kink: bool) -> tuple[Verdict | None, str]:
         """Forward mode alone never convicts: the two disagree, and the differences decide between them."""
         if kink:
             return Verdict.INCONCLUSIVE, "a kink lies at the point, where modes may take different slopes"

@@ -113,6 +113,8 @@ class LayoutChecks:
             return skipped(row, f"it refuses this layout: {problem}")
         miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
         diagnosis = None
+        if miss.ratio > 1 and self._reads_storage():
+            return skipped(row, "torch.as_strided reads memory in storage order on purpose")
         if miss.ratio > 1:
             diagnosis = Diagnosis(
                 code="layout",
@@ -120,6 +122,18 @@ class LayoutChecks:
                 "in storage order.",
             )
         return law_result(self._checks, law, miss, started, diagnosis=diagnosis)
+
+    def _reads_storage(self) -> bool:
+        """Whether as_strided stands in the graph, outside any custom Function."""
+        queue = [output.grad_fn for output in self._stage.graph().outputs if output.grad_fn is not None]
+        seen = set(queue)
+        for node in queue:
+            if "AsStrided" in node.name():
+                return True
+            following = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+            seen.update(following)
+            queue.extend(following)
+        return False
 
     def _gradient_at(self, point: Sequence[Tensor]) -> Gradient:
         """The gradient with exactly these tensors, views as they are, as the varied arguments."""
