@@ -60,6 +60,7 @@ def run_function(options: FunctionOptions, advance: Advance) -> Report:
         probes=options["probes"],
         resolution=options["resolution"],
         allow=frozenset(options["allow"]),
+        self_test=options["self_test"],
     )
     check = FunctionCheck(built.program, plan, advance)
     command = rerun(options)
@@ -224,6 +225,8 @@ def rerun(options: FunctionOptions) -> str:
         value = given[name]
         if value is not None and value != _DEFAULTS.get(name):
             words += [flag, str(value)]
+    if options["self_test"]:
+        words.append("--self-test")
     if options["exhaustive"] is not None:
         words.append("--exhaustive" if options["exhaustive"] else "--no-exhaustive")
     return shlex.join(words)

@@ -12,6 +12,7 @@ from gradcheck_cli.checks.function.laws import LawChecks
 from gradcheck_cli.checks.function.layouts import LayoutChecks
 from gradcheck_cli.checks.function.plan import Advance, FunctionPlan, no_progress
 from gradcheck_cli.checks.function.second_order import SecondOrderChecks
+from gradcheck_cli.checks.function.self_test import SelfTest
 from gradcheck_cli.checks.function.setting import Setting, make_setting
 from gradcheck_cli.program.program import Program
 from gradcheck_cli.results import CheckResult, Verdict
@@ -45,6 +46,9 @@ class FunctionCheck:
             yield from self._explained(checks, iter([checks.against_differences()]))
             self._directions += [one.evaluations for one in checks.slopes]
             yield from self._explained(checks, checks.in_given_dtype())
+            if self.plan.self_test:
+                yield from SelfTest(checks).run()
+                continue
             if self.setting.program.framework == "torch" and self.setting.program.rule is None:
                 yield from ForwardModeChecks(checks).run()
             if self.plan.laws:

@@ -285,7 +285,11 @@ class DerivativeChecks:
 
     def difference_misses(self) -> list[Miss]:
         """The candidate's misses, direction by direction."""
-        return [miss for miss, _ in self._compared(self.witness_gradients)]
+        return self.misses_of(self.witness_gradients)
+
+    def misses_of(self, gradients: Sequence[Gradient]) -> list[Miss]:
+        """The misses of any gradients, direction by direction."""
+        return [miss for miss, _ in self._compared(gradients)]
 
     def in_given_dtype(self) -> Iterator[CheckResult]:
         """The gradient in the dtype as given against the confirmed one in float64, with the measured tolerance."""

@@ -18,7 +18,8 @@ class FunctionPlan:
 
     `reference` is a trusted implementation with the same arguments; `order` 2 adds second derivatives;
     `exhaustive` checks every entry of the Jacobian by differences (True), never (False), or where it is small (None);
-    `probes` is the number of random directions for every argument; `allow` names conventions that pass.
+    `probes` is the number of random directions for every argument; `allow` names conventions that pass;
+    `self_test` plants faults in place of the laws.
     """
 
     reference: Program | None = None
@@ -28,6 +29,7 @@ class FunctionPlan:
     resolution: float = DEFAULT_RESOLUTION
     allow: frozenset[str] = frozenset()
     laws: bool = True
+    self_test: bool = False
 
 
 def dtype_name(dtype: torch.dtype) -> str:
