@@ -9,9 +9,12 @@ from torch import Tensor
 ROUNDING_SIGMAS = 4.0
 _AGREEMENT_SIGMAS = 5.0
 """Finer levels contradict a coarse one beyond this many of their own sigmas: twenty of them are looked at."""
-_RATIO_SEEN = 8.0
+RATIO_SEEN = 8.0
 """A correction this many of its sigmas large lets the next one show how fast the sequence converges."""
 _RATIOS = 3
+_WANDERING = 3.0
+"""Corrections that do not shrink as they should may owe it to kinks at all distances: they wander, and the error is
+up to three of them where the least bar is chosen (sums of 200 kinked terms in float32, tests/benchmarks/)."""
 _DIVERGENT_RATIO = 0.95
 """Corrections that shrink by less per halving (|t|**1.07 at 0) are taken for divergence."""
 _LEVELS_TO_SPARE = 3
@@ -60,8 +63,8 @@ def limit(
     it, the correction times (2**p - 1) ρ / (1 - ρ) with ρ the ratio at which the corrections are *seen* to shrink:
     1 where the power p is right, 2.4 (2**p - 1) for h**½, infinite where they do not shrink (`_truncation`). Three
     sigmas of rounding are added. A level that the finer ones contradict beyond their noise (a kink or jump between
-    them) is widened by the contradiction. `floors` are least bars for column 0, 1, …; nan levels are left out; the
-    bar is infinite where none is left.
+    them) is widened by the contradiction. `floors` are least truncation errors for column 0, 1, …; nan levels are
+    left out; the bar is infinite where none is left.
     """
     columns, sigmas = extrapolated(levels, orders), column_noise(noise, orders)
     below, above = _agreement(columns[-1], sigmas[-1])
@@ -72,11 +75,11 @@ def limit(
         source, source_noise = (columns[k - 1], sigmas[k - 1]) if k else (column, sigma)
         correction = (source - _before(source)).abs() / divisor
         seen = source_noise * (math.sqrt(1.25) / divisor)
-        bar = _truncation(correction, seen, order=order, divisor=divisor) + ROUNDING_SIGMAS * sigma
-        contradiction = torch.maximum(below - column, column - above)
-        bar = torch.maximum(bar, contradiction)
+        error = _truncation(correction, seen, order=order, divisor=divisor)
         if floors:
-            bar = torch.maximum(bar, floors[min(k, len(floors) - 1)])
+            error = torch.maximum(error, floors[min(k, len(floors) - 1)])
+        contradiction = torch.maximum(below - column, column - above)
+        bar = torch.maximum(error + ROUNDING_SIGMAS * sigma, contradiction)
         estimates.append(column)
         bars.append(bar)
     bar = torch.cat(bars)
@@ -112,7 +115,7 @@ def _truncation(correction: Tensor, seen: Tensor, *, order: int, divisor: float)
     """
     usual = 2.0**-order
     before = _before(correction)
-    measurable = before > _RATIO_SEEN * seen
+    measurable = before > RATIO_SEEN * seen
     now = ((correction + ROUNDING_SIGMAS * seen) / before).clamp(min=usual)
     recent = [torch.full_like(correction[0], usual)] * _RATIOS
     bound = torch.zeros_like(correction[0])
@@ -126,9 +129,9 @@ def _truncation(correction: Tensor, seen: Tensor, *, order: int, divisor: float)
         for back in (1, 2):
             if i >= back:
                 predicted = torch.fmax(predicted, correction[i - back] * held**back)
-        rest = (divisor * held / (1 - held)).clamp(min=1.0)
+        rest = (divisor * held / (1 - held)).clamp(min=1.0) * torch.where(ratio > 2 * usual, _WANDERING, 1.0)
         fresh = torch.where(divergent, math.inf, predicted * rest)
-        carried = torch.fmin(bound * held, (predicted + _RATIO_SEEN * seen[i]) * rest)
+        carried = torch.fmin(bound * held, (predicted + RATIO_SEEN * seen[i]) * rest)
         carried = torch.where(recent[0] > _DIVERGENT_RATIO, math.inf, torch.fmax(carried, own))
         bound = torch.where(torch.isnan(own), 0.0, torch.where(measurable[i], fresh, carried))
         bounds.append(bound)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcheck_cli.derivatives.limit import extrapolated, limit
+from gradcheck_cli.derivatives.limit import RATIO_SEEN, ROUNDING_SIGMAS, column_noise, extrapolated, limit
 from gradcheck_cli.derivatives.line_samples import LineSamples, hidden_rounding, jumps, scatter
 
 Curve = Callable[[float], Tensor]
@@ -17,7 +17,9 @@ LEAST_LEVELS = 3
 _CENTRAL = (2, 4)
 _ONE_SIDED = (1, 2, 3)
 _GAP = (1, 3)  # the difference of the one-sided slopes is odd in h
+_GAP_LEFT = (3, 5)  # the power that is left in the gap once one and both of these are removed
 _CHUNK = 1 << 12  # components whose levels are compared at once, so that the work stays in the cache
+_CLEAR_SIGMAS = 6.0
 _KINK_BARS = 8.0
 """The slopes differ by this many bars of their difference where a kink is called one; see tests/benchmarks/."""
 
@@ -129,9 +131,8 @@ def _estimate(samples: LineSamples) -> tuple[Tensor, ...]:
     noise = s.rounding(torch.maximum(scatter(s), hidden_rounding(s)))
     up, down = s.slopes()
     gap_noise = noise * (math.sqrt(6) / s.h)  # of f(h) - 2 f(0) + f(-h)
-    straddled = [((column.abs() - 2 * gap_noise) / 2).nan_to_num(nan=0.0) for column in extrapolated(up - down, _GAP)]
     central = (s.above - s.below) / (2 * s.h)
-    value, bar = limit(central, noise / (math.sqrt(2) * s.h), orders=_CENTRAL, floors=straddled[1:])
+    value, bar = limit(central, noise / (math.sqrt(2) * s.h), orders=_CENTRAL, floors=_straddled(up - down, gap_noise))
     gap, gap_bar = limit(up - down, gap_noise, orders=_GAP)
     jump = jumps(s)
     bar = torch.where(torch.isinf(gap_bar) | jump, math.inf, bar)
@@ -142,6 +143,41 @@ def _estimate(samples: LineSamples) -> tuple[Tensor, ...]:
     if bool((kinked | ~two_sided).any()):
         _look_at_sides(parts, up, down, noise * (math.sqrt(2) / s.h), kinked=kinked, one_sided=~two_sided)
     return parts.finished(unit, torch.isfinite(samples.centre) & ~jump)
+
+
+def _straddled(gap: Tensor, noise: Tensor) -> list[Tensor]:
+    """What kinks inside the stencil do to the central difference at each level, for its columns 0 and from 1 on.
+
+    The difference of the one-sided slopes, extrapolated to nothing where the function is smooth, is up to twice that
+    error where a kink is near the point, and as large as it among many kinks. It is small by chance at some level:
+    what the finer ones show clearly, the coarser one has inside its stencil too. And where it sinks into the noise
+    before it has been seen to shrink, it is still there.
+    """
+    floors = []
+    columns, sigmas = extrapolated(gap, _GAP)[1:], column_noise(noise, _GAP)[1:]
+    for column, sigma, order in zip(columns, sigmas, _GAP_LEFT, strict=True):
+        size, rounding = column.abs().nan_to_num(nan=0.0), sigma.nan_to_num(nan=0.0)
+        clear = (size - _CLEAR_SIGMAS * rounding).clamp(min=0.0).flip(0).cummax(0).values.flip(0)
+        seen = torch.maximum(size - ROUNDING_SIGMAS * rounding, clear)
+        floors.append(torch.maximum(seen, _sunk(size, rounding, usual=2.0**-order)))
+    return floors
+
+
+def _sunk(size: Tensor, sigma: Tensor, *, usual: float) -> Tensor:
+    """What may be left at each level of a quantity last seen above the noise, at the ratio at which it shrank then.
+
+    The slowest of the last three ratios counts, as in `limit`.
+    """
+    left = torch.zeros_like(size)
+    recent = [torch.full_like(size[0], usual)] * 3
+    for i in range(1, len(size)):
+        measurable = size[i - 1] > RATIO_SEEN * sigma[i]
+        most = size[i] + ROUNDING_SIGMAS * sigma[i]
+        now = torch.where(measurable, (most / size[i - 1]).clamp(min=usual, max=1.0), recent[0])
+        recent = [now, *recent[:-1]]
+        ratio = torch.stack(recent).amax(0)
+        left[i] = torch.minimum(torch.where(measurable, size[i - 1], left[i - 1]) * ratio, most)
+    return left
 
 
 def _look_at_sides(

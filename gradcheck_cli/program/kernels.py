@@ -12,6 +12,9 @@ ACCUMULATOR = 2.0**-24
 """Unit roundoff of the accumulators (float32) that torch's kernels use for float16 and bfloat16."""
 
 
+FLOAT16_UNIT = 2.0**-11
+
+
 class Rounding(Enum):
     """Where an operator rounds."""
 
@@ -28,13 +31,16 @@ class Rounding(Enum):
     VECTOR_PRODUCT = auto()
     """A contraction that may run through the whole length in one pass: matrix–vector, weight gradients."""
     SCATTER = auto()
-    """A sum of entries into places, added one by one in the dtype itself."""
+    """A sum of entries into places, added one by one."""
+    RESAMPLE = auto()
+    """An interpolation whose weights come from coordinates, rounded at the size of the coordinate."""
 
 
 def rounding(func: Any, args: tuple[Any, ...]) -> Rounding:
     """The class of an ATen operator; what is not known is taken for a reduction, which perturbs most."""
     name = func._overloadpacket.__name__.rstrip("_")
-    if torch.Tag.nondeterministic_seeded in func.tags or name in _MOVES or name.endswith(_MOVE_ENDINGS):
+    drawn = torch.Tag.nondeterministic_seeded in func.tags and name not in _PRODUCTS | _ONE_STEP
+    if drawn or name in _MOVES or name.endswith(_MOVE_ENDINGS):
         return Rounding.NONE
     if name in ("index_put", "_index_put_impl"):
         return Rounding.SCATTER if any(value is True for value in args[3:4]) else Rounding.NONE
@@ -44,8 +50,9 @@ def rounding(func: Any, args: tuple[Any, ...]) -> Rounding:
     if name in _ONE_STEP:
         exact = name in ("mul", "div") and _power_of_two(args[1:2])
         return Rounding.NONE if exact else Rounding.RESULT
-    elementwise = torch.Tag.pointwise in func.tags or name in _POINTWISE
-    return Rounding.SCATTER if name in _SCATTERS else Rounding.FUSED if elementwise else Rounding.SUM
+    if name in _SCATTERS or name.startswith(_RESAMPLES):
+        return Rounding.SCATTER if name in _SCATTERS else Rounding.RESAMPLE
+    return Rounding.FUSED if torch.Tag.pointwise in func.tags or name in _POINTWISE else Rounding.SUM
 
 
 def growth(kind: Rounding, length: float) -> tuple[float, float]:
@@ -57,18 +64,58 @@ def growth(kind: Rounding, length: float) -> tuple[float, float]:
     units of u·√Σa² (random signs) and u·|result| (one sign), length 16 / 64 / 256 / 1024 / 16384:
     matrix–matrix 1.2 2.4 3.4 4.2 5.0 and 1.0 2.1 2.1 1.6 2.4; matrix–vector 1.0 1.7 2.5 4.3 13 and 0.8 0.7 1.2 2.3
     8.5; sums 1.0 1.4 1.9 2.0 2.6 and 1.0 0.8 1.0 0.9 1.0. A factor is such an error over the 1/√3 of a uniform ξ
-    (two operands: 1/√3·√2).
+    (two operands: 1/√3·√2), a quarter more for products, whose error swings with the size of their partial sums.
     """
     root = math.sqrt(max(length, 1.0))
     if kind is Rounding.PRODUCT:
-        return max(1.0, 0.35 * min(root, 20.0)), max(1.0, 0.45 * min(root, 8.0))
+        return max(1.0, 0.45 * min(root, 20.0)), max(1.0, 0.45 * min(root, 8.0))
     if kind is Rounding.VECTOR_PRODUCT:
-        return max(1.0, 0.35 * root), max(1.0, 0.45 * min(root, 8.0), 0.11 * root)
+        return max(1.0, 0.45 * root), max(1.0, 0.45 * min(root, 8.0), 0.11 * root)
     if kind is Rounding.SCATTER:
         return max(1.0, 0.5 * root), max(1.0, 0.5 * root)
+    if kind is Rounding.RESAMPLE:
+        return max(1.0, 3 * length), 1.0
     if kind is Rounding.SUM:
         return math.sqrt(max(1.0, math.log2(max(length, 1.0)))), 1.5
     return 1.0, 1.0
+
+
+def inner_unit(func: Any, args: tuple[Any, ...], kind: Rounding, unit: float) -> float:
+    """The unit roundoff in which the kernel adds up: float32 for narrower dtypes, with the exceptions seen.
+
+    On the CPU the gradients of embedding and of indexing add up in bfloat16 and float16 themselves, as do products of
+    entries; convolutions in float16 round now and then (an error a small part of that of float16 sums), and fused
+    attention rounds its probabilities and takes an exponential good to 20 units in the last place. On CUDA every
+    scatter adds atomically in its own dtype.
+    """
+    name = func._overloadpacket.__name__.rstrip("_")
+    first = next((leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)), None)
+    cpu = first is None or first.device.type == "cpu"
+    if name in _PRODUCTS_OF_ENTRIES or (kind is Rounding.SCATTER and not (cpu and name in _WIDE_SCATTERS)):
+        return unit
+    accumulator = min(unit, ACCUMULATOR)
+    if cpu and unit == FLOAT16_UNIT and "convolution" in name:
+        return unit / 8
+    if name.startswith("_scaled_dot_product") and not name.endswith("_backward"):
+        return max(unit / 2, 3 * accumulator)
+    return accumulator
+
+
+def inner_scale(func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """Size of the numbers that cancel inside an elementwise kernel, entry by entry; None where nothing does.
+
+    gelu is x/2·(1 + erf) with an erf good to a few units of 1, logit is the logarithm of a quotient near 1,
+    digamma steps up by sums of 1/x and subtracts.
+    """
+    name = func._overloadpacket.__name__.rstrip("_")
+    operands = [value for value in args if isinstance(value, Tensor)]
+    if name == "gelu":
+        return operands[0].abs() * 1.5
+    if name == "gelu_backward":
+        return operands[0].abs() * (1 + operands[1].abs())
+    if name == "logit":
+        return torch.ones_like(operands[0])
+    return 5 + 2 / operands[0].abs() if name == "digamma" else None
 
 
 def sum_length(func: Any, args: tuple[Any, ...]) -> float:
@@ -82,11 +129,24 @@ def sum_length(func: Any, args: tuple[Any, ...]) -> float:
     if name == "convolution":
         return float(args[1].numel() / (args[1].shape[1] if args[6] else args[1].shape[0]))
     if name == "convolution_backward":
-        gradient, _, weight = args[:3]
-        return float(max(gradient.numel() / gradient.shape[1], weight.numel() / weight.shape[1]))
+        return float(args[0].numel() / args[0].shape[1])  # of the weight's gradient
     if name in _SCATTERS or "index_put" in name:
         return _repeats(tensors)
     return float(max(max(value.shape, default=1) for value in tensors))
+
+
+def gradient_sums(func: Any, args: tuple[Any, ...]) -> tuple[tuple[Rounding, float], ...]:
+    """Class and length of the sums behind the gradients of input, weight and bias of a layer's backward.
+
+    A convolution's bias gradient adds up in a few lanes (measured: 13 units where one lane would give 19).
+    Layer normalisation keeps partial sums of weight and bias in the dtype itself, hence SCATTER.
+    """
+    if func._overloadpacket.__name__ == "convolution_backward":
+        weight, length = args[2], sum_length(func, args)
+        through = float(weight.numel() / weight.shape[1])
+        return (Rounding.PRODUCT, through), (Rounding.VECTOR_PRODUCT, length), (Rounding.VECTOR_PRODUCT, length / 2)
+    rows = float(args[0].numel() / math.prod(args[2]))
+    return (Rounding.SUM, sum_length(func, args)), (Rounding.SCATTER, rows / 16), (Rounding.SCATTER, rows / 16)
 
 
 def _repeats(tensors: list[Tensor]) -> float:
@@ -144,7 +204,13 @@ _ONE_STEP = _names(
     _foreach_add _foreach_mul _foreach_div _foreach_sub linspace logspace angle sinc special_i0 deg2rad rad2deg
     """
 )
-_POINTWISE = _names("gelu_backward silu_backward mish_backward log_sigmoid_forward log_sigmoid_backward lerp")
+_POINTWISE = _names(
+    """
+    gelu_backward silu_backward mish_backward log_sigmoid_forward log_sigmoid_backward lerp _softmax _log_softmax prod
+    cumprod
+    """
+)
+_RESAMPLES = ("upsample_", "_upsample_", "grid_sampler", "_grid_sampler")
 _PRODUCTS = _names(
     """
     mm bmm mv dot vdot addmm addmv baddbmm addbmm addr ger matmul linear convolution convolution_backward
@@ -162,7 +228,8 @@ _SCATTERS = _names(
     """
     scatter_add scatter_reduce index_add index_reduce embedding_dense_backward embedding_backward
     _embedding_bag_dense_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
-    avg_pool2d_backward avg_pool3d_backward col2im unfold_backward put_accumulate adaptive_max_pool2d_backward
-    upsample_nearest2d_backward grid_sampler_2d_backward grid_sampler_3d_backward
+    avg_pool2d_backward avg_pool3d_backward col2im unfold_backward adaptive_max_pool2d_backward
     """
 )
+_PRODUCTS_OF_ENTRIES = _names("prod cumprod")
+_WIDE_SCATTERS = _names("scatter_add scatter_reduce index_add index_reduce")

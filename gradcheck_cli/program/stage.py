@@ -50,6 +50,10 @@ class Stage:
             raise SoftcheckError(f"{self.program.name} returned {len(found)} arrays where it returned more before")
         return [found[position][1] for position in self.kept]
 
+    def at_point(self) -> list[Tensor]:
+        """The checked outputs at the point; the code gets copies, which it may overwrite."""
+        return self.outputs([copy_of(value) for value in self.point])
+
     def moved(self, direction: Sequence[Tensor], t: float) -> list[Tensor]:
         """The varied arguments, moved by t along the direction, in the layout they have."""
         return [

@@ -73,6 +73,7 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         like = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
         if like and func.__name__.split(".")[0].endswith("_like") and kwargs.get("dtype") is None:
             kwargs = {**kwargs, "dtype": self._native}
+        args = args if "_like" in func.__name__ else pytree.tree_map(_widened, args)
         with _default_dtype(self._native if self._native != torch.float64 else torch.get_default_dtype()):
             return pytree.tree_map(_widened, func(*args, **kwargs))
 

@@ -52,8 +52,9 @@ class FunctionCheck:
             if self.setting.program.framework == "torch" and self.setting.program.rule is None:
                 yield from ForwardModeChecks(checks).run()
             if self.plan.laws:
-                yield from LawChecks(checks).run()
-                yield from LayoutChecks(checks).run()
+                laws = LawChecks(checks)
+                yield from laws.run()
+                yield from LayoutChecks(checks, overwrites=laws.overwrites).run()
             if self.plan.order >= 2:
                 yield from SecondOrderChecks(checks).run()
 

@@ -51,6 +51,10 @@ PROBES = 2
 """Random directions for every argument."""
 MANY_ARGUMENTS = 8
 """With more arguments than these a probe moves all of them at once."""
+NATIVE_SAFETY = 3.0
+"""Multiple of the measured tolerance that one entry may be off by: right code reached 2.5 (see the benchmark)."""
+SAMPLES = 8
+SECOND_SAMPLES = 64
 _ULPS_WITHOUT_TWIN = 16.0
 
 
@@ -163,19 +167,25 @@ class DerivativeChecks:
             self._native_tolerance = self.tolerance_of(self.setting.twin, self.setting.unit, size)
         return self._native_tolerance
 
-    def tolerance_of(self, stage: Stage, unit: float, gradients: Sequence[Gradient]) -> list[Gradient]:
+    def tolerance_of(
+        self, stage: Stage, unit: float, gradients: Sequence[Gradient], *, samples: int = SAMPLES
+    ) -> list[Gradient]:
         """The measured rounding tolerance on a float64 stage; a few units in the last place where it has none."""
         dtype = torch.float64 if unit == 2.0**-53 else self.setting.narrowest
         least = floor_of(gradients, dtype=dtype)
         if self.setting.twin is None or self.setting.program.framework != "torch":
             return [[_ULPS_WITHOUT_TWIN * part for part in one] for one in least]
         source = plain_autodiff if self.setting.program.rule is None else reverse_mode
-        try:
-            measured = rounding_tolerance(self.setting, stage, source, self.setting.cotangents, unit=unit)
-        except (SoftcheckError, NotImplementedError):
-            measured = rounding_tolerance(
-                self.setting, stage, self.candidate.source, self.setting.cotangents, unit=unit
-            )
+        sources = [source, self.candidate.source]
+        for position, one in enumerate(sources):
+            try:
+                measured = rounding_tolerance(
+                    self.setting, stage, one, self.setting.cotangents, unit=unit, samples=samples
+                )
+                break
+            except (SoftcheckError, NotImplementedError, RuntimeError):
+                if position == len(sources) - 1:
+                    raise
         return [
             [torch.maximum(a, b) for a, b in zip(one, two, strict=True)]
             for one, two in zip(measured, least, strict=True)
@@ -306,11 +316,24 @@ class DerivativeChecks:
             return
         row = self.row(row.method, f"{reference} in float64", setting.native, setting.narrowest)
         got = self.candidate.source(setting.native, setting.cotangents)
-        miss, seen = against_gradient(got, expected, self.native_tolerance)
+        allowed = [[NATIVE_SAFETY * part for part in one] for one in self.native_tolerance]
+        miss, seen = against_gradient(got, expected, allowed)
+        if miss.ratio > 1:
+            allowed = self._second_look(expected, allowed)
+            miss, seen = against_gradient(got, expected, allowed)
         result = self.judged(row, miss, seen, started, Checked(probes=len(got)))
         if result.verdict is Verdict.FAIL and self.failed is None:
             self.failed = (miss, setting.native)
         yield result
+
+    def _second_look(self, expected: Sequence[Gradient], allowed: Sequence[Gradient]) -> list[Gradient]:
+        """The tolerance from many more samples: a ReLU within rounding of its kink flips in few of them."""
+        assert self.setting.twin is not None
+        wider = self.tolerance_of(self.setting.twin, self.setting.unit, expected, samples=SECOND_SAMPLES)
+        return [
+            [torch.maximum(NATIVE_SAFETY * a, b) for a, b in zip(one, two, strict=True)]
+            for one, two in zip(wider, allowed, strict=True)
+        ]
 
     def _confirmed_gradients(self) -> tuple[list[Gradient] | None, str]:
         if self.trusted is not None:

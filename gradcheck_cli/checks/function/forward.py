@@ -44,7 +44,7 @@ class ForwardChecks:
         values = tuple(widened(argument.value) for argument in reference.arguments)
         stage = Stage(program=reference, values=values, dtype=torch.float64, kept=setting.native.kept)
         with torch.no_grad():
-            expected = [value.detach() for value in stage.outputs(stage.point)]
+            expected = [value.detach() for value in stage.at_point()]
         for got, right in zip(setting.native_value, expected, strict=True):
             if got.shape != right.shape:
                 raise SoftcheckError(
@@ -89,6 +89,10 @@ class ForwardChecks:
         )
 
 
+_SAFETY = 3.0
+"""As for gradients: right code reached 2.5 times the measured tolerance in single entries."""
+
+
 def value_tolerance(stage: Stage, expected: Sequence[Tensor], *, unit: float, dtype: torch.dtype) -> list[Tensor]:
     """What a right value may be off by in arithmetic of that unit roundoff, entry by entry."""
     least = floor_of([list(expected)], dtype=dtype)[0]
@@ -98,14 +102,14 @@ def value_tolerance(stage: Stage, expected: Sequence[Tensor], *, unit: float, dt
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return [value.detach() for value in stage.outputs(stage.point)]
+            return [value.detach() for value in stage.at_point()]
 
     spread = measured_spread(run, unit=unit, seed=stage.program.seed)
     measured = [
         by_parts(allowed.to(torch.float64), value)
         for allowed, value in zip(tolerance(spread, unit=unit), spread.values, strict=True)
     ]
-    return [torch.maximum(a, b) for a, b in zip(measured, least, strict=True)]
+    return [torch.maximum(_SAFETY * a, b) for a, b in zip(measured, least, strict=True)]
 
 
 def _output_name(setting: Setting, miss: Miss) -> str:

@@ -61,7 +61,7 @@ def candidates(setting: Setting) -> list[Candidate]:
 
 
 def rounding_tolerance(
-    setting: Setting, stage: Stage, source: Source, cotangents: Sequence[Sequence[Tensor]], *, unit: float
+    setting: Setting, stage: Stage, source: Source, cotangents: Sequence[Sequence[Tensor]], *, unit: float, samples: int
 ) -> list[Gradient]:
     """What a right gradient may be off by in arithmetic of that unit roundoff, entry by entry, in float64.
 
@@ -74,7 +74,7 @@ def rounding_tolerance(
     def run() -> list[Tensor]:
         return [part for gradient in source(stage, measured) for part in gradient]
 
-    spread = measured_spread(run, unit=unit, seed=setting.program.seed)
+    spread = measured_spread(run, unit=unit, samples=samples, seed=setting.program.seed)
     pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
     flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
     found = [flat[start : start + arguments] for start in range(0, len(flat), arguments)]

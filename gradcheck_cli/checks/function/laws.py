@@ -32,11 +32,20 @@ class LawChecks:
         self._setting = checks.setting
         self._stage = checks.setting.native
         self._w = self._setting.cotangents[-1]
-        self.noise = 0.0
+        self.overwrites = False
 
     def run(self) -> Iterator[CheckResult]:
         """One row a law."""
-        for law in (self._repeated, self._same_graph, self._unchanged, self._zero, self._scaled, self._random_state):
+        laws = (
+            self._repeated,
+            self._same_graph,
+            self._interleaved,
+            self._unchanged,
+            self._zero,
+            self._scaled,
+            self._random_state,
+        )
+        for law in laws:
             result = law()
             if result is not None:
                 yield result
@@ -58,18 +67,17 @@ class LawChecks:
         """A second call gives the same value and the same gradient."""
         started = time.perf_counter()
         first = self.gradient(self._w)
-        value = [output.detach() for output in self._stage.outputs(self._stage.point)]
+        value = [output.detach() for output in self._stage.at_point()]
         worst: Miss | None = None
         for _ in range(_EQUAL_CALLS - 1):
             again = self._miss(self.gradient(self._w), first, self._tolerance())
-            other = [output.detach() for output in self._stage.outputs(self._stage.point)]
+            other = [output.detach() for output in self._stage.at_point()]
             moved = self._value_miss(other, value)
             for miss in (again, moved):
                 worst = miss if worst is None or miss.error > worst.error else worst
         assert worst is not None
         reason = None
         if worst.error > 0:
-            self.noise = worst.error
             reason = "calls differ from one another by rounding" if worst.ratio <= 1 else None
         diagnosis = None
         if worst.ratio > 1:
@@ -116,6 +124,34 @@ class LawChecks:
             )
         return law_result(self._checks, "backward twice through one graph", miss, started, diagnosis=diagnosis)
 
+    def _interleaved(self) -> CheckResult | None:
+        """A call with other numbers between forward and backward changes nothing."""
+        if self._setting.program.rule is not None or self._setting.program.framework != "torch":
+            return None
+        started = time.perf_counter()
+        expected = self.gradient(self._w)
+        graph = self._stage.graph()
+        if not any(graph.connected):
+            return None
+        other = [_half(value) for value in self._stage.point]
+        try:
+            with torch.enable_grad():
+                later = self._stage.outputs([value.requires_grad_() for value in other])
+            del later
+        except (SoftcheckError, RuntimeError) as problem:
+            return skipped(law_row(self._checks, "calls do not disturb each other"), f"{first_line(problem)}")
+        found = graph.gradient(self._w)
+        got = [torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, graph.leaves, strict=True)]
+        miss = self._miss(got, expected, self._tolerance())
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="stateful",
+                message="A call with other inputs between forward and backward changes the gradient: calls share a "
+                "buffer or a saved value.",
+            )
+        return law_result(self._checks, "calls do not disturb each other", miss, started, diagnosis=diagnosis)
+
     def _unchanged(self) -> CheckResult:
         """Inputs and upstream gradients have the same bits after forward and backward."""
         started = time.perf_counter()
@@ -145,6 +181,7 @@ class LawChecks:
         if not changed:
             return law_result(self._checks, "inputs are left unchanged", _nothing(), started, reason=reason)
         name, new, old = changed[0]
+        self.overwrites = True
         miss = _largest([new], [old], [torch.zeros_like(as_real(old), dtype=torch.float64)])
         diagnosis = Diagnosis(
             code="stateful",
@@ -269,6 +306,11 @@ def law_result(
 _ULPS = 16.0
 
 
+def _half(value: Tensor) -> Tensor:
+    """Other numbers of the same kind and sign, for a call in between."""
+    return copy_of(value) / 2
+
+
 def _same_bits(new: Tensor, old: Tensor) -> bool:
     if new.shape != old.shape or new.dtype != old.dtype:
         return False
@@ -288,4 +330,4 @@ def _nothing() -> Miss:
 def _undrawn(stage: Stage) -> None:
     """One call with the generators as they are."""
     with torch.no_grad():
-        replace(stage, program=replace(stage.program, draws=False)).outputs(stage.point)
+        replace(stage, program=replace(stage.program, draws=False)).at_point()

@@ -15,8 +15,10 @@ from gradcheck_cli.checks.function.laws import law_result, law_row
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.program.stage import Stage
+from gradcheck_cli.program.in_place import InPlaceWatch
+from gradcheck_cli.program.stage import copy_of
 from gradcheck_cli.results import CheckResult, Diagnosis
+from gradcheck_cli.verdict.function_diagnosis import layout_diagnosis
 
 Arrange = Callable[[Tensor], Tensor]
 """The same numbers in another memory layout."""
@@ -60,8 +62,9 @@ _LAYOUTS = (
 class LayoutChecks:
     """The candidate's gradient from the same numbers in other memory."""
 
-    def __init__(self, checks: DerivativeChecks) -> None:
+    def __init__(self, checks: DerivativeChecks, *, overwrites: bool) -> None:
         self._checks = checks
+        self._overwrites = overwrites
         self._setting = checks.setting
         self._stage = checks.setting.native
         self._w = self._setting.cotangents[-1]
@@ -72,18 +75,22 @@ class LayoutChecks:
             for layout in _LAYOUTS:
                 yield from self._arranged(layout)
             yield from self._expanded_input()
-            yield from self._expanded_upstream()
+            yield from self._arranged_upstreams()
         else:
             yield from self._negative_step()
         if self._setting.program.rule is None and self._setting.program.framework == "torch":
-            yield from self._batched()
+            if self._overwrites or self._writes_in_place():
+                row = law_row(self._checks, "batched derivatives (vmap)")
+                yield skipped(row, "the code writes in place, which torch's vmap does not survive")
+            else:
+                yield from self._batched()
 
     def _arranged(self, layout: _Layout) -> Iterator[CheckResult]:
         point = self._stage.point
         if not any(value.dim() >= layout.least_rank and value.numel() > 1 for value in point):
             return
         started = time.perf_counter()
-        dense = [value.contiguous() for value in point]
+        dense = [copy_of(value).contiguous() for value in point]
         arranged = [
             layout.arrange(value) if value.dim() >= layout.least_rank and value.numel() > 1 else value
             for value in dense
@@ -104,11 +111,11 @@ class LayoutChecks:
     def _compared(self, law: str, dense: Sequence[Tensor], arranged: Sequence[Tensor], started: float) -> CheckResult:
         row = law_row(self._checks, law)
         try:
-            expected = self._gradient_at(dense)
+            expected = self._gradient_at(dense, self._upstream())
         except SoftcheckError as problem:
             return skipped(row, f"it does not run on these numbers: {problem}")
         try:
-            got = self._gradient_at(arranged)
+            got = self._gradient_at(arranged, self._upstream())
         except (SoftcheckError, RuntimeError) as problem:
             return skipped(row, f"it refuses this layout: {problem}")
         miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
@@ -116,11 +123,7 @@ class LayoutChecks:
         if miss.ratio > 1 and self._reads_storage():
             return skipped(row, "torch.as_strided reads memory in storage order on purpose")
         if miss.ratio > 1:
-            diagnosis = Diagnosis(
-                code="layout",
-                message=f"The gradient changes when the same numbers come as {law}: the code reads or writes memory "
-                "in storage order.",
-            )
+            diagnosis = layout_diagnosis(layout=law.split(maxsplit=1)[0])
         return law_result(self._checks, law, miss, started, diagnosis=diagnosis)
 
     def _reads_storage(self) -> bool:
@@ -135,22 +138,26 @@ class LayoutChecks:
             queue.extend(following)
         return False
 
-    def _gradient_at(self, point: Sequence[Tensor]) -> Gradient:
-        """The gradient with exactly these tensors, views as they are, as the varied arguments."""
+    def _upstream(self) -> list[Tensor]:
+        """Fresh copies: the code may overwrite what it is given."""
+        return [copy_of(w) for w in self._w]
+
+    def _gradient_at(self, point: Sequence[Tensor], upstream: Sequence[Tensor]) -> Gradient:
+        """The gradient with exactly these tensors, views as they are, as varied arguments and upstream."""
         stage = self._stage
         if stage.program.rule is not None:
             values = stage.with_point(list(point))
-            found = stage.program.call_rule(values, self._w)
+            found = stage.program.call_rule(values, upstream)
             return [torch.zeros_like(v) if g is None else g for g, v in zip(found, point, strict=True)]
         leaves = [value.detach().requires_grad_() for value in point]
         with torch.enable_grad():
             outputs = stage.outputs([leaf.view_as(leaf) for leaf in leaves])
-        attached = [(o, w.to(o.dtype)) for o, w in zip(outputs, self._w, strict=True) if o.requires_grad]
+        attached = [(o, w.to(o.dtype)) for o, w in zip(outputs, upstream, strict=True) if o.requires_grad]
         if not attached:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        tops, upstream = zip(*attached, strict=True)
+        tops, given = zip(*attached, strict=True)
         with stage.scope(), stage.program.code.running():
-            gradient = torch.autograd.grad(tops, leaves, upstream, allow_unused=True)
+            gradient = torch.autograd.grad(tops, leaves, given, allow_unused=True)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(gradient, leaves, strict=True)]
 
     def _tolerance(self, expected: Gradient) -> Gradient:
@@ -162,35 +169,38 @@ class LayoutChecks:
         size = [_ULPS * setting.unit * _real(part).abs().nan_to_num() for part in expected]
         return [_SAFETY * top + own for top, own in zip(largest, size, strict=True)]
 
-    def _expanded_upstream(self) -> Iterator[CheckResult]:
-        """An upstream gradient of zero stride, as a sum or a mean sends it."""
-        if not any(w.numel() > 1 for w in self._w):
-            return
+    def _arranged_upstreams(self) -> Iterator[CheckResult]:
+        """The upstream in other strides, and one of zero stride as a sum or a mean sends it."""
+        for layout in _LAYOUTS[:2]:
+            if any(w.dim() >= layout.least_rank and w.numel() > 1 for w in self._w):
+                yield self._upstream_row(
+                    f"{layout.name} upstream",
+                    [copy_of(w).contiguous() for w in self._w],
+                    [
+                        layout.arrange(w) if w.dim() >= layout.least_rank and w.numel() > 1 else copy_of(w)
+                        for w in self._w
+                    ],
+                )
+        if any(w.numel() > 1 for w in self._w):
+            ends = [copy_of(w.reshape(-1)[-1:]).view((1,) * w.dim()) if w.numel() > 1 else w for w in self._w]
+            dense = [end.expand(w.shape).contiguous() for end, w in zip(ends, self._w, strict=True)]
+            expanded = [end.expand(w.shape) for end, w in zip(ends, self._w, strict=True)]
+            yield self._upstream_row("expanded upstream", dense, expanded)
+
+    def _upstream_row(self, law: str, dense: Sequence[Tensor], arranged: Sequence[Tensor]) -> CheckResult:
         started = time.perf_counter()
-        expanded = [w.reshape(-1)[-1:].view((1,) * w.dim()).expand(w.shape) if w.numel() > 1 else w for w in self._w]
-        row = law_row(self._checks, "expanded upstream")
-        saved = self._w
+        row = law_row(self._checks, law)
+        point = [copy_of(value).contiguous() for value in self._stage.point]
         try:
-            expected = self._with_upstream([w.contiguous() for w in expanded])
-            got = self._with_upstream(expanded)
+            expected = self._gradient_at(point, dense)
+            got = self._gradient_at(point, arranged)
         except (SoftcheckError, RuntimeError) as problem:
-            yield skipped(row, f"it refuses this layout: {problem}")
-            return
-        finally:
-            self._w = saved
+            return skipped(row, f"it refuses this layout: {first_line(problem)}")
         miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
         diagnosis = None
         if miss.ratio > 1:
-            diagnosis = Diagnosis(
-                code="layout",
-                message="The gradient changes when the upstream gradient is expanded (stride 0), as a sum or mean "
-                "sends it: the code reads or writes its memory in storage order.",
-            )
-        yield law_result(self._checks, "expanded upstream", miss, started, diagnosis=diagnosis)
-
-    def _with_upstream(self, upstream: Sequence[Tensor]) -> Gradient:
-        self._w = list(upstream)
-        return self._gradient_at([value.contiguous() for value in self._stage.point])
+            diagnosis = layout_diagnosis(layout=law.split(maxsplit=1)[0], what="upstream gradient")
+        return law_result(self._checks, law, miss, started, diagnosis=diagnosis)
 
     def _negative_step(self) -> Iterator[CheckResult]:
         """NumPy arrays that run backwards through memory."""
@@ -207,12 +217,17 @@ class LayoutChecks:
         miss, _ = against_gradient([filled], [expected], [self._tolerance(expected)])
         diagnosis = None
         if miss.ratio > 1:
-            diagnosis = Diagnosis(
-                code="layout",
-                message="The gradient changes when the same numbers come in arrays of negative step: the code reads "
-                "memory in storage order.",
-            )
+            diagnosis = layout_diagnosis(layout="negative-step")
         yield law_result(self._checks, "negative-step inputs", miss, started, diagnosis=diagnosis)
+
+    def _writes_in_place(self) -> bool:
+        """Whether a custom backward overwrites any tensor: batched, that ends the whole process (torch 2.13)."""
+        if not self._setting.customs:
+            return False
+        graph = self._stage.graph()
+        with InPlaceWatch() as watch:
+            graph.gradient(self._w)
+        return bool(watch.seen)
 
     def _batched(self) -> Iterator[CheckResult]:
         """Several upstreams at once (vmap over the backward) against one after the other."""
@@ -270,8 +285,3 @@ def _reversed(value: Tensor) -> object:
     """The same numbers as a NumPy view with a negative step along the last axis."""
     array = value.detach().cpu().numpy()
     return array[..., ::-1].copy()[..., ::-1] if array.ndim else array.copy()
-
-
-def at_values(stage: Stage, values: Sequence[Tensor]) -> Stage:
-    """The stage with other values of the varied arguments."""
-    return replace(stage, values=tuple(stage.with_point(values)))

@@ -170,7 +170,7 @@ def _downcasts(native: Stage) -> tuple[Downcast, ...]:
 
         def run(stage: Stage = stage) -> None:
             with torch.no_grad():
-                stage.outputs(stage.point)
+                stage.at_point()
 
         with contextlib.suppress(SoftcheckError, NotImplementedError):
             found.update(dict.fromkeys(find_downcasts(run)))
@@ -206,7 +206,7 @@ def _twin(
 def _in_float64(twin: Stage, native_value: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
     try:
         with torch.no_grad():
-            found = [value.detach() for value in twin.outputs(twin.point)]
+            found = [value.detach() for value in twin.at_point()]
     except (SoftcheckError, NotImplementedError) as problem:
         return None, f"it does not run in float64 ({first_line(problem)})"
     for value, original in zip(found, native_value, strict=True):

@@ -1,0 +1,1 @@
+"""The planted faults of general functions, by theme; tests.function_faults gathers them."""
