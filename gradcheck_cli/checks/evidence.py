@@ -84,7 +84,19 @@ def _evidence(problem: Problem, reference: JacobianReference, candidate: Candida
         rows=layout.rows,
         temperature=function.temperature,
         dtype=str(problem.scores.dtype).removeprefix("torch."),
+        other_axes=_other_axes(problem, row),
     )
+
+
+def _other_axes(problem: Problem, row: int) -> dict[int, Tensor]:
+    """The row's entries of the softmax along every other axis, for a rule that took the wrong one."""
+    layout = problem.layout
+    scores = problem.scores.double() / problem.function.temperature
+    return {
+        axis: layout.row_matrix(torch.softmax(scores, axis))[row].cpu()
+        for axis in range(scores.dim())
+        if axis != layout.axis
+    }
 
 
 class _Answers:

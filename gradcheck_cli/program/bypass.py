@@ -54,12 +54,17 @@ def bypassed() -> Iterator[list[CustomFunction]]:
 
 def custom_functions(outputs: Sequence[Tensor]) -> tuple[CustomFunction, ...]:
     """The user's custom Functions in the autograd graph behind the outputs, nearest to the outputs first."""
-    found: dict[CustomFunction, None] = {}
+    return tuple(dict.fromkeys(_described(cls) for cls in function_classes(outputs)))
+
+
+def function_classes(outputs: Sequence[Tensor]) -> tuple[type[Function], ...]:
+    """Their classes, in the same order."""
+    found: dict[type[Function], None] = {}
     queue = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(queue)
     for node in queue:
         if isinstance(node, BackwardCFunction) and _is_users(node._forward_cls):
-            found.setdefault(_described(node._forward_cls))
+            found.setdefault(node._forward_cls)
         following = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
         seen.update(following)
         queue.extend(following)

@@ -8,7 +8,6 @@ near-uniform scores, where formulas coincide, give several explanations and neve
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.results import Diagnosis
+from gradcheck_cli.verdict.formulas import BASIS, FORMULAS, RIGHT, TERMS, WRONG_AXIS, Formula
 
 FIT_MULTIPLE = 4.0
 """Rounding bounds of its own by which a wrong formula may miss an entry, beside the right one's verdict bound.
@@ -36,6 +36,11 @@ _UNIT_ROUNDOFF = {
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
 }
+ONES_ANSWER = "what the right rule returns for an upstream of ones"
+DECIMALS = 12
+"""Decimals up to which stored digits are recognised; float64 has 15."""
+FUSED_SOFTMAX = "the convention of a softmax layer fused with its loss, whose upstream is the gradient at the logits"
+FUSED_LOSS = "the convention of a loss fused with its softmax, whose backward returns p − y and takes no upstream"
 _SAMPLE = 96  # indices of a long row on which formulas are tried before they are tried on all of it
 
 
@@ -49,6 +54,7 @@ class Evidence:
     cross-entropy (weights and smoothing included). `zero_vector` [n] is the response to a zero upstream and
     `zero_response` its largest entry relative to the largest of `expected`. `leaks` says that an upstream on
     this row alone changed other rows, or one on another row changed this one. `dtype` is the one under test.
+    `other_axes` holds this row's entries [n] of the softmax along each other axis, where the caller has them.
     """
 
     function: str
@@ -63,26 +69,7 @@ class Evidence:
     rows: int
     temperature: float
     dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Formula:
-    """A known mistake: A as a sum of terms, the rule as code would write it, and a sentence about it.
-
-    A zero upstream brings back `zero` times s.
-    """
-
-    code: str
-    matrix: str
-    rule: str
-    text: str
-    zero: int = 0
-
-    @property
-    def terms(self) -> Iterator[tuple[int, str]]:
-        """The signs and names of the terms."""
-        for part in re.split(r" (?=[+−] )", self.matrix):
-            yield (-1 if part.startswith("−") else 1), part.lstrip("+− ")
+    other_axes: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +187,7 @@ def _prepare(evidence: Evidence) -> _Case:
         collision=float((s * s).sum()),
         mass=float(y.sum()),
     )
-    right = _RIGHT.get(evidence.function)
+    right = RIGHT.get(evidence.function)
     if right is None or not bool(torch.isfinite(case.want).all() & torch.isfinite(s).all()):
         return case
     model = _model(replace(case, scale=1.0), right)
@@ -213,178 +200,11 @@ def _prepare(evidence: Evidence) -> _Case:
     return replace(case, scale=factors.best) if factors else case
 
 
-_TERMS: dict[str, Callable[[_Case], Tensor]] = {
-    "diag(s)": lambda c: torch.diag(c.s),
-    "diag(s²)": lambda c: torch.diag(c.s * c.s),
-    "I": lambda c: torch.eye(c.s.numel(), dtype=torch.float64),
-    "1 1ᵀ": lambda c: torch.ones_like(c.want),
-    "1 1ᵀ/C": lambda c: torch.full_like(c.want, 1 / c.classes),
-    "s 1ᵀ": lambda c: c.s[:, None].expand_as(c.want),
-    "s 1ᵀ/C": lambda c: (c.s[:, None] / c.classes).expand_as(c.want),
-    "1 sᵀ": lambda c: c.s[None, :].expand_as(c.want),
-    "s sᵀ": lambda c: torch.outer(c.s, c.s),
-    "s² 1ᵀ": lambda c: (c.s * c.s)[:, None].expand_as(c.want),
-    "s² sᵀ": lambda c: torch.outer(c.s * c.s, c.s),
-    "s s²ᵀ": lambda c: torch.outer(c.s, c.s * c.s),
-    "Σs²·s sᵀ": lambda c: c.collision * torch.outer(c.s, c.s),
-    "Σs²·s 1ᵀ": lambda c: (c.collision * c.s)[:, None].expand_as(c.want),
-    "s": lambda c: c.s[:, None],
-    "s²": lambda c: (c.s * c.s)[:, None],
-    "1": lambda c: torch.ones_like(c.want),
-    "1/C": lambda c: torch.full_like(c.want, 1 / c.classes),
-    "onehot(max s)": lambda c: _one_hot(c.s),
-    "p·Σy": lambda c: c.mass * c.s[:, None],
-    "p²·Σy": lambda c: c.mass * (c.s**2)[:, None],
-    "p³·Σy": lambda c: c.mass * (c.s**3)[:, None],
-    "p·Σp²·Σy": lambda c: c.mass * c.collision * c.s[:, None],
-    "y": lambda c: c.y[:, None],
-    "y·p": lambda c: (c.y * c.s)[:, None],
-    "y·p²": lambda c: (c.y * c.s**2)[:, None],
-    "y/p": lambda c: (c.y / c.s).where(c.y != 0, 0.0)[:, None],
-    "p·Σ(y/p)": lambda c: (c.y / c.s).where(c.y != 0, 0.0).sum() * c.s[:, None],
-    "p·Σ(y·p)": lambda c: (c.y * c.s).sum() * c.s[:, None],
-    "onehot(max y)": lambda c: c.mass * _one_hot(c.y),
-}
-
-
-def _one_hot(values: Tensor) -> Tensor:
-    hot = torch.zeros_like(values)
-    hot[values.argmax()] = 1.0
-    return hot[:, None]
-
-
-_RIGHT = {
-    "softmax": _Formula("", "diag(s) − s sᵀ", "dx = s·(g − Σ s·g)", ""),
-    "log_softmax": _Formula("", "I − s 1ᵀ", "dx = g − s·Σg", ""),
-    "logsumexp": _Formula("", "s", "dx = g·s", ""),
-    "cross_entropy": _Formula("", "p·Σy − y", "dx = g·(p·Σy − y)", ""),
-}
-# A table: one mistake on two or three lines.
-# fmt: off
-_SOFTMAX = (
-    _Formula("missing-dot-product", "diag(s)", "dx = s·g",
-             "the dot-product term −s·Σ s·g is missing: each entry ignores the others"),
-    _Formula("diagonal-only", "diag(s) − diag(s²)", "dx = g·s·(1 − s)",
-             "only the diagonal of the Jacobian is used, as for a sigmoid: the terms −s_i·s_j are missing"),
-    _Formula("identity", "I", "dx = g",
-             "the upstream gradient is copied through unchanged: the Jacobian is left out"),
-    _Formula("log-softmax-rule", "I − s 1ᵀ", "dx = g − s·Σg",
-             "the gradient of log-softmax is used for softmax"),
-    _Formula("wrong-contraction", "I − 1 sᵀ", "dx = g − Σ s·g",
-             "the outer factor s is forgotten: g − Σ s·g must still be multiplied by s"),
-    _Formula("wrong-contraction", "diag(s) + s sᵀ", "dx = s·(g + Σ s·g)",
-             "the dot product Σ s·g is added where it must be subtracted"),
-    _Formula("wrong-contraction", "diag(s) − s 1ᵀ/C", "dx = s·(g − mean(g))",
-             "the plain mean of g is subtracted where the s-weighted sum Σ s·g belongs"),
-    _Formula("wrong-contraction", "diag(s) − s 1ᵀ", "dx = s·(g − Σg)",
-             "the plain sum of g is subtracted where the s-weighted sum Σ s·g belongs"),
-    _Formula("wrong-contraction", "diag(s²) − s² sᵀ", "dx = s²·(g − Σ s·g)",
-             "the outer factor s is multiplied in twice"),
-    _Formula("double-jacobian", "diag(s²) − s² sᵀ − s s²ᵀ + Σs²·s sᵀ", "dx = J·(J·g)",
-             "the softmax Jacobian is applied twice"),
-    _Formula("partial-gradient", "− s sᵀ", "dx = −s·Σ s·g",
-             "only the dot-product term came back: the diagonal term s·g is missing"),
-    _Formula("wrong-contraction", "I", "dx = g − s",
-             "g − s is returned: the upstream gradient is treated as a loss gradient at the logits", zero=-1),
-    _Formula("wrong-contraction", "− I", "dx = s − g",
-             "s − g is returned, the fused p − y of cross-entropy with the upstream gradient for y", zero=1),
-)
-_LOG_SOFTMAX = (
-    _Formula("diagonal-only", "I − diag(s)", "dx = g·(1 − s)",
-             "only the diagonal of the Jacobian is used: the terms −s_i for the other classes are missing"),
-    _Formula("identity", "I", "dx = g",
-             "the upstream gradient is copied through unchanged: the normaliser's gradient is left out"),
-    _Formula("softmax-rule", "diag(s) − s sᵀ", "dx = s·(g − Σ s·g)",
-             "the gradient of softmax is used for log-softmax"),
-    _Formula("wrong-contraction", "I + s 1ᵀ", "dx = g + s·Σg",
-             "s·Σg is added where it must be subtracted"),
-    _Formula("wrong-contraction", "I − s 1ᵀ/C", "dx = g − s·mean(g)",
-             "the mean of g is used where the sum of g belongs"),
-    _Formula("wrong-contraction", "I − 1 1ᵀ", "dx = g − Σg",
-             "the factor s before Σg is forgotten"),
-    _Formula("transposed", "I − 1 sᵀ", "dx = g − Σ s·g",
-             "the Jacobian is transposed: g − Σ s·g came back where g − s·Σg belongs"),
-    _Formula("wrong-contraction", "I − s² 1ᵀ", "dx = g − s²·Σg",
-             "the factor s before Σg is multiplied in twice"),
-    _Formula("wrong-contraction", "diag(s)", "dx = s·g",
-             "s·g is returned where g − s·Σg belongs"),
-    _Formula("double-jacobian", "diag(s) − s sᵀ − s² 1ᵀ + Σs²·s 1ᵀ", "dx = J·(g − s·Σg)",
-             "the log-softmax gradient passes through the softmax Jacobian once more"),
-    _Formula("partial-gradient", "− s 1ᵀ", "dx = −s·Σg",
-             "only the normaliser's part −s·Σg came back: the upstream gradient itself is missing"),
-    _Formula("wrong-contraction", "I", "dx = g − s",
-             "g − s is returned: the sum of g is taken to be one", zero=-1),
-    _Formula("wrong-contraction", "I", "dx = g + exp(y)",
-             "g + exp(y) is returned where g − exp(y)·Σg belongs", zero=1),
-    _Formula("wrong-contraction", "− I", "dx = s − g",
-             "s − g is returned, the fused p − y of cross-entropy with the upstream gradient for y", zero=1),
-)
-_CROSS_ENTROPY = (
-    _Formula("diagonal-only", "y·p − y", "dx = −g·y·(1 − p)",
-             "only the diagonal of the softmax Jacobian is used: classes without target get no gradient"),
-    _Formula("identity", "− y/p", "dx = −g·y/p",
-             "the gradient at the probabilities, −y/p, is copied through: the softmax Jacobian is left out"),
-    _Formula("identity", "1", "dx = g",
-             "the upstream gradient is copied to every score: the factor p − y is left out"),
-    _Formula("partial-gradient", "p·Σy", "dx = g·p",
-             "the target is never subtracted: p came back where p − y belongs"),
-    _Formula("partial-gradient", "− y", "dx = −g·y",
-             "only the target's part −y came back: the normaliser's gradient p is missing (detached?)"),
-    _Formula("wrong-contraction", "p·Σy + y", "dx = g·(p + y)",
-             "the target is added where it must be subtracted"),
-    _Formula("softmax-rule", "p·Σ(y·p) − y·p", "dx = −g·J·y",
-             "the softmax Jacobian is applied to −y where the log-softmax one belongs"),
-    _Formula("log-softmax-rule", "p·Σ(y/p) − y/p", "dx = g·(p·Σ(y/p) − y/p)",
-             "the log-softmax rule is applied to −y/p where the softmax one belongs"),
-    _Formula("double-jacobian", "p²·Σy − y·p − p·Σp²·Σy + p·Σ(y·p)", "dx = g·J·(p − y)",
-             "p − y, already the gradient at the logits, passes through the softmax Jacobian once more"),
-    _Formula("double-jacobian", "p²·Σy − p³·Σy − y·p + y·p²", "dx = g·(p − y)·p·(1 − p)",
-             "p − y, already the gradient at the logits, is multiplied by p·(1 − p) once more"),
-    _Formula("wrong-contraction", "p²·Σy − y·p", "dx = g·p·(p − y)",
-             "p − y is multiplied by p once more"),
-    _Formula("partial-gradient", "p·Σy − onehot(max y)", "dx = g·(p − onehot(y))",
-             "the target is taken as one class: the mass that y gives to the others is missing"),
-)
-_LOGSUMEXP = (
-    _Formula("diagonal-only", "s − s²", "dx = g·s·(1 − s)",
-             "s·(1 − s), the diagonal of the softmax Jacobian, is used where s belongs"),
-    _Formula("identity", "1", "dx = g",
-             "the upstream gradient is copied to every score: the factor s is left out"),
-    _Formula("wrong-contraction", "s²", "dx = g·s²",
-             "the factor s is multiplied in twice"),
-    _Formula("wrong-contraction", "1/C", "dx = g/C",
-             "the upstream gradient is spread evenly over the scores, not in proportion to s"),
-    _Formula("partial-gradient", "onehot(max s)", "dx = g at the largest score",
-             "only the largest score gets a gradient: this is the gradient of the maximum"),
-)
-_WRONG_AXIS = {
-    "softmax": _Formula(
-        "wrong-axis", "diag(s) − diag(s²)", "dx = s·(g − Σ_batch s·g)",
-        "the dot product Σ s·g runs over the batch axis, not over the softmax axis"),
-    "log_softmax": _Formula(
-        "wrong-axis", "I − diag(s)", "dx = g − s·Σ_batch g",
-        "the sum of g runs over the batch axis, not over the softmax axis"),
-}
-# fmt: on
-_FORMULAS = {
-    "softmax": _SOFTMAX,
-    "log_softmax": _LOG_SOFTMAX,
-    "cross_entropy": _CROSS_ENTROPY,
-    "logsumexp": _LOGSUMEXP,
-}
-_BASIS = {
-    "softmax": ("diag(s)", "s sᵀ", "diag(s²)", "I", "1 1ᵀ/C", "s 1ᵀ", "1 sᵀ", "s² sᵀ"),
-    "log_softmax": ("I", "s 1ᵀ", "diag(s)", "s sᵀ", "diag(s²)", "1 1ᵀ/C", "1 sᵀ", "s² sᵀ"),
-    "cross_entropy": ("p·Σy", "y", "p²·Σy", "y·p", "1"),
-    "logsumexp": ("s", "s²", "1"),
-}
-
-
-def _model(case: _Case, formula: _Formula) -> _Model:
+def _model(case: _Case, formula: Formula) -> _Model:
     """The formula's matrix, and the rounding of its terms: a multiple of the sum of their magnitudes."""
     value = magnitude = torch.zeros(1, 1, dtype=torch.float64)
     for sign, name in formula.terms:
-        term = _TERMS[name](case)
+        term = TERMS[name](case)
         value = value + sign * term
         magnitude = magnitude + term.abs()
     scale = case.scale
@@ -462,7 +282,7 @@ def _fitting(case: _Case, build: Callable[[_Case], _Model]) -> tuple[_Model, _Ra
 def _explanations(case: _Case) -> list[_Finding]:
     """Everything in the dictionary that explains the response equally well, the simplest first."""
     whole = [*_constant_factor(case)]
-    plain = [*_plain_formulas(case), *_named_points(case)] or [*_transposed(case)]
+    plain = [*_plain_formulas(case), *_named_points(case), *_stored_digits(case)] or [*_transposed(case)]
     named = any("factor_equals" in finding.detail for finding in whole)
     found = whole + plain if named else plain + whole
     if not named:
@@ -481,7 +301,7 @@ def _constant_factor(case: _Case) -> Iterator[_Finding]:
         return
     model, factors = fitting
     names = _factor_names(case, model, factors)
-    rule = _RIGHT[case.evidence.function].rule if case.evidence.function in _RIGHT else "dx = Jᵀ·g"
+    rule = RIGHT[case.evidence.function].rule if case.evidence.function in RIGHT else "dx = Jᵀ·g"
     detail: dict[str, str | float] = {"formula": _times("c", rule), "factor": factors.best}
     if names:
         detail["factor_equals"] = "; ".join(names)
@@ -537,9 +357,9 @@ def _number(factors: _Range) -> str:
     return f"{factors.best:.{max(2, math.ceil(-math.log10(width)))}g}"
 
 
-def _models(case: _Case) -> Iterator[tuple[_Formula, _Model, _Range]]:
+def _models(case: _Case) -> Iterator[tuple[Formula, _Model, _Range]]:
     """The formulas that explain the response up to a factor, and its part that needs no upstream."""
-    for formula in () if math.isnan(case.scale) else _FORMULAS[case.evidence.function]:
+    for formula in () if math.isnan(case.scale) else FORMULAS[case.evidence.function]:
         if formula.zero == 0 or _returns_at_zero(case, formula.zero):
             fitting = _fitting(case, functools.partial(_model, formula=formula))
             if fitting is not None:
@@ -562,7 +382,10 @@ def _plain_formulas(case: _Case) -> list[_Finding]:
         if 1.0 in factors and _explains(case, model)
     ]
     at_zero = any(zero for zero, _ in found)
-    return [finding for zero, finding in found if zero or not at_zero]
+    kept = [finding for zero, finding in found if zero or not at_zero]
+    if case.evidence.function == "softmax" and (same := [one for one in kept if one.code == "identity"]):
+        kept.append(_Finding(code="fused-loss", text=FUSED_SOFTMAX, miss=same[0].miss))
+    return kept
 
 
 def _combined(case: _Case, *, named: bool) -> list[_Finding]:
@@ -582,7 +405,7 @@ def _combined(case: _Case, *, named: bool) -> list[_Finding]:
     return found
 
 
-def _from_formula(formula: _Formula, *, miss: float, factor: str = "") -> _Finding:
+def _from_formula(formula: Formula, *, miss: float, factor: str = "") -> _Finding:
     rule, text = formula.rule, formula.text
     if factor:
         rule, text = _times(factor, rule), f"{text}; and all of it is multiplied by {factor}"
@@ -593,7 +416,7 @@ def _named_points(case: _Case) -> Iterator[_Finding]:
     """The right formula with the softmax of other scores."""
     if math.isnan(case.scale):
         return
-    right, temperature = _RIGHT[case.evidence.function], case.evidence.temperature
+    right, temperature = RIGHT[case.evidence.function], case.evidence.temperature
     twice, forgotten = "softmax is applied twice: the formula uses", "the softmax in the formula"
     points = {f"{twice} softmax(s) where s belongs": case.s.softmax(0)}
     if temperature != 1:
@@ -612,6 +435,22 @@ def _named_points(case: _Case) -> Iterator[_Finding]:
 def _sharpened(s: Tensor, power: float) -> Tensor:
     raised = (s / s.max()) ** power
     return raised / raised.sum()
+
+
+def _stored_digits(case: _Case) -> Iterator[_Finding]:
+    """The softmax in the right formula, or the result of the formula, is rounded to a few decimals."""
+    for decimals in range(1, DECIMALS + 1):
+        entries = _Model(value=(case.want * 10.0**decimals).round() / 10.0**decimals, rounding=0 * case.bound)
+        detail: dict[str, str | float] = {"decimals": float(decimals)}
+        if _explains(case, entries):
+            text = f"the gradient is rounded to {decimals} decimals"
+            yield _Finding(code="quantised", text=text, miss=_miss(case, entries), detail=detail)
+        if math.isnan(case.scale) or not bool((rounded := case.s.round(decimals=decimals)).any()):
+            continue
+        model = _model(case.at(rounded), RIGHT[case.evidence.function])
+        if _explains(case, model):
+            text = f"the softmax in the formula is stored with {decimals} decimals"
+            yield _Finding(code="quantised", text=text, miss=_miss(case, model), detail=detail)
 
 
 def _transposed(case: _Case) -> Iterator[_Finding]:
@@ -646,8 +485,10 @@ def _coupled(case: _Case) -> list[_Finding]:
     """An upstream on this row changed others: a sum along the wrong axis, or rows mixed up."""
     if not case.evidence.leaks:
         return []
+    if along := [*_another_axis(case)]:
+        return along
     axis: list[_Finding] = []
-    formula = _WRONG_AXIS.get(case.evidence.function)
+    formula = WRONG_AXIS.get(case.evidence.function)
     if formula and not math.isnan(case.scale):
         model = _model(case, formula)
         axis = [_from_formula(formula, miss=_miss(case, model))] if _explains(case, model) else []
@@ -665,12 +506,25 @@ def _coupled(case: _Case) -> list[_Finding]:
     return [_Finding(code="batch-coupled", text=text), *axis]
 
 
+def _another_axis(case: _Case) -> Iterator[_Finding]:
+    """The right rule, its softmax included, along another axis: in this row only the diagonal is left."""
+    function = case.evidence.function
+    if function not in WRONG_AXIS or math.isnan(case.scale) or not case.square:
+        return
+    for axis, softmax in case.evidence.other_axes.items():
+        model = _model(case.at(_float64(softmax)), WRONG_AXIS[function])
+        if _explains(case, model):
+            text = f"the whole rule, softmax and sum, runs along axis {axis} instead of the axis of the softmax"
+            detail: dict[str, str | float] = {"formula": RIGHT[function].rule, "axis": float(axis)}
+            yield _Finding(code="wrong-axis", text=text, miss=_miss(case, model), detail=detail)
+
+
 def _absent(case: _Case) -> Iterator[_Finding]:
     """Nothing depends on the upstream."""
     if not _is_zero(case):
         return
     if case.offset is not None:
-        yield _ignored(case, case.offset)
+        yield from _ignored(case, case.offset)
         return
     causes = ["detached", "a missing branch"]
     if bool((case.want.sum(dim=1).abs() <= case.bound.sum(dim=1)).all()):
@@ -682,10 +536,10 @@ def _absent(case: _Case) -> Iterator[_Finding]:
     yield from (other for other in _explanations(case) if other.miss <= _as_good_as(case, 0.0))
 
 
-def _ignored(case: _Case, offset: Tensor) -> _Finding:
+def _ignored(case: _Case, offset: Tensor) -> Iterator[_Finding]:
     """The same comes back for every upstream; says what it is."""
     constants = {
-        "what the right rule returns for an upstream of ones": case.want.sum(dim=1),
+        ONES_ANSWER: case.want.sum(dim=1),
         "s": case.scale * case.s,
         "s·(1 − s)": case.scale * case.s * (1 - case.s),
         "1 − s": case.scale * (1 - case.s),
@@ -697,7 +551,9 @@ def _ignored(case: _Case, offset: Tensor) -> _Finding:
     text = "the upstream gradient is ignored: the same comes back for every upstream"
     if known:
         text += f", namely {known[0]}"
-    return _Finding(code="upstream-ignored", text=text, detail={"formula": f"dx = {(known or ['constant'])[0]}"})
+    yield _Finding(code="upstream-ignored", text=text, detail={"formula": f"dx = {(known or ['constant'])[0]}"})
+    if case.evidence.function == "cross_entropy" and {ONES_ANSWER, "p − y"} & set(known):
+        yield _Finding(code="fused-loss", text=FUSED_LOSS)
 
 
 def _is_within_bounds(case: _Case) -> bool:
@@ -719,13 +575,21 @@ def _at_zeros(case: _Case) -> Tensor:
 
 
 def _masked(case: _Case) -> Iterator[_Finding]:
-    """The error is confined to entries whose softmax is zero."""
-    masked, bad = _at_zeros(case), case.error.abs() > case.bound
-    if bool((bad & ~masked).any()) or bool(masked.all()):
+    """The error is confined to entries whose softmax is zero, or is tied with another's."""
+    bad = case.error.abs() > case.bound
+    masked, tied = _at_zeros(case), (case.s[:, None] == case.s[None, :]).sum(dim=1) > 1
+    if not bool((bad & ~masked).any()) and not bool(masked.all()):
+        count, total = int(bad.sum()), int(masked.sum())
+        text = f"only entries where the softmax is zero (masked or underflowed) are wrong: {count} of {total}"
+        yield _Finding(code="masked-entries", text=text, detail={"entries": float(count)})
         return
-    count, total = int(bad.sum()), int(masked.sum())
-    text = f"only entries where the softmax is zero (masked or underflowed) are wrong: {count} of {total}"
-    yield _Finding(code="masked-entries", text=text, detail={"entries": float(count)})
+    for dim in range(1 + int(case.square)):
+        inside = tied.unsqueeze(1 - dim)
+        hit = bool(bad.any(dim=1 - dim)[tied].all())
+        if bool(tied.any()) and hit and not bool((bad & ~inside).any()) and _others_would_show(case, bad, inside):
+            text = f"only {'scores' if dim == 0 else 'upstream elements'} whose softmax is tied with another are wrong"
+            yield _Finding(code="masked-entries", text=text, detail={"entries": float(bad.sum())})
+            return
 
 
 def _other_target(case: _Case) -> Iterator[_Finding]:
@@ -737,7 +601,7 @@ def _other_target(case: _Case) -> Iterator[_Finding]:
     wrong = bad[1 - bad.index(right)]
     swapped = case.y.clone()
     swapped[[right, wrong]] = case.y[[wrong, right]]
-    if _explains(case, _model(replace(case, y=swapped), _RIGHT["cross_entropy"])):
+    if _explains(case, _model(replace(case, y=swapped), RIGHT["cross_entropy"])):
         text = f"the target index is wrong: class {wrong} is taken for the target, which is class {right}"
         yield _Finding(code="index-range", text=text, detail={"got": float(wrong), "target": float(right)})
 
@@ -793,9 +657,9 @@ def _is_noise(case: _Case) -> bool:
     if math.isnan(case.scale):
         return False
     case = _sampled(case)
-    names = [name for _, name in _RIGHT[case.evidence.function].terms]
+    names = [name for _, name in RIGHT[case.evidence.function].terms]
     weight = _weight(case.bound)
-    columns = torch.stack([(_TERMS[name](case) * weight).flatten() for name in names], dim=1)
+    columns = torch.stack([(TERMS[name](case) * weight).flatten() for name in names], dim=1)
     error = (case.error * weight).flatten()
     fit = torch.linalg.lstsq(columns, error[:, None], driver="gelsd").solution[:, 0]
     return float((error - columns @ fit).norm() / error.norm()) >= math.sqrt(NOISE_SHARE)
@@ -819,7 +683,7 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
     for s, growth in points:
         if bool((s < 0).any()):
             continue
-        model = _model(case.at(s), _RIGHT[function])
+        model = _model(case.at(s), RIGHT[function])
         allowed = (case.bound + model.rounding) / case.scale
         doubt = (allowed.diagonal() if function == "softmax" else allowed.roll(1, 1).diagonal()) * growth
         spread = doubt[:, None].expand_as(case.got)
@@ -837,7 +701,7 @@ def _regressed(case: _Case) -> Iterator[_Finding]:
     """The fewest terms, at most three, that explain the response with coefficients that no table lists."""
     if math.isnan(case.scale):
         return
-    sample, basis = _sampled(case), _BASIS[case.evidence.function]
+    sample, basis = _sampled(case), BASIS[case.evidence.function]
     # All terms together are ill-conditioned (they lose up to two digits) but rule most responses out at once.
     if not _least_squares(replace(sample, bound=1e3 * sample.bound), basis):
         return
@@ -854,7 +718,7 @@ def _regressed(case: _Case) -> Iterator[_Finding]:
 
 def _least_squares(case: _Case, names: tuple[str, ...]) -> list[float]:
     """The coefficients with which these terms explain every entry; none if they do not."""
-    terms = torch.stack([case.scale * _TERMS[name](case).expand_as(case.got) for name in names])
+    terms = torch.stack([case.scale * TERMS[name](case).expand_as(case.got) for name in names])
     size = FIT_MULTIPLE * case.roundoff * terms.abs()
     weight = _weight(case.bound + size.amax(dim=0))
     columns = (terms * weight).flatten(1).T
@@ -879,8 +743,8 @@ def _report(case: _Case, found: list[_Finding]) -> Diagnosis:
     text = first.text if not first.text[1].isalpha() else first.text[0].upper() + first.text[1:]
     message = f"{text}."  # a formula keeps its small letter
     detail = dict(first.detail)
-    if case.evidence.function in _RIGHT:
-        detail["right"] = _RIGHT[case.evidence.function].rule
+    if case.evidence.function in RIGHT:
+        detail["right"] = RIGHT[case.evidence.function].rule
     if others:
         message += f" These scores cannot tell it from: {'; '.join(other.text for other in others[:4])}."
         detail["alternatives"] = "; ".join(f"{other.code}: {other.text}" for other in others)

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradcheck_cli.results import Diagnosis
 from gradcheck_cli.verdict import diagnosis
 from gradcheck_cli.verdict.diagnosis import Evidence, diagnose
+from gradcheck_cli.verdict.formulas import FORMULAS
 from tests.faults import CORRECT, FAULTS, FUNCTIONS, Backward, Fault, effective_target, fault, scaled
 
 ROWS = 5  # unlike any length tested, so that a factor of rows is not a factor of classes
@@ -269,6 +271,77 @@ def test_cross_entropy_options_that_are_forgotten() -> None:
     assert (moved.code, moved.detail["got"], moved.detail["target"]) == ("index-range", 1.0, 0.0)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("decimals", [2, 4, 6])
+def test_stored_decimals_are_recognised(function: str, decimals: int) -> None:
+    def stored(x: Tensor, g: Tensor, **options: object) -> Tensor:
+        s = x.softmax(-1).round(decimals=decimals)
+        if function == "softmax":
+            return s * (g - (s * g).sum(-1, keepdim=True))
+        if function == "log_softmax":
+            return g - s * g.sum(-1, keepdim=True)
+        return (s - functional.one_hot(options["target"], x.shape[1])) * g / x.shape[0]
+
+    def rounded(x: Tensor, g: Tensor, **options: object) -> Tensor:
+        return CORRECT[function](x, g, **options).round(decimals=decimals)
+
+    options = {"target": torch.arange(ROWS)} if function == "cross_entropy" else {}
+    for n in (5, 10, 64):
+        for rule in (stored, rounded):
+            if (n, decimals) == (64, 2):
+                continue  # almost nothing is left of so many small numbers
+            result = diagnose(evidence_of(function, rule, normal(ROWS, n), **options))
+            assert (result.code, result.detail["decimals"]) == ("quantised", decimals), (n, result)
+            single = diagnose(evidence_of(function, rule, normal(ROWS, n).float(), **options))
+            assert "quantised" in explained(single) or decimals == 6, (n, single)
+
+
+def test_the_fused_conventions_are_offered_beside_their_mistakes() -> None:
+    copied = diagnose(evidence_of("softmax", fault("upstream copied").make("softmax"), normal(ROWS, 10)))
+    assert (copied.code, "fused-loss" in explained(copied)) == ("identity", True)
+    assert "fused with its loss" in copied.message
+    x, target = normal(ROWS, 10), torch.arange(ROWS)
+    for name in ("upstream replaced by ones", "upstream and reduction ignored"):
+        ignored = diagnose(evidence_of("cross_entropy", fault(name).make("cross_entropy"), x, target=target))
+        assert (ignored.code, "fused-loss" in explained(ignored)) == ("upstream-ignored", True)
+        assert "p − y" in ignored.message
+    for name in ("dot product missing", "zero"):
+        result = diagnose(evidence_of("softmax", fault(name).make("softmax"), x))
+        assert "fused-loss" not in explained(result)
+
+
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_whole_rule_along_another_axis(function: str, temperature: float) -> None:
+    def crossed(x: Tensor, g: Tensor, *, temperature: float) -> Tensor:
+        return CORRECT[function](x, g, axis=0, temperature=temperature)
+
+    for dtype in (torch.float64, torch.float32):
+        x = normal(ROWS, 10).to(dtype)
+        evidence = evidence_of(function, crossed, x, temperature=temperature)
+        assert diagnose(evidence).code == "batch-coupled"  # all that can be said without the other axis
+        along = (x.double() / temperature).softmax(0)[0]
+        result = diagnose(replace(evidence, other_axes={0: along}))
+        assert (result.code, result.detail["axis"]) == ("wrong-axis", 0.0)
+        mixed = evidence_of(function, fault("dot product over the whole batch").make(function), x, temperature=1.0)
+        assert diagnose(replace(mixed, other_axes={0: along})).code == "batch-coupled"
+
+
+def test_tied_entries_are_told_from_the_rest() -> None:
+    x = normal(ROWS, 12)
+    x[0, [3, 8]] = 2.5
+    right = evidence_of("softmax", CORRECT["softmax"], x)
+    for rows, columns in ((slice(None), [3, 8]), ([3, 8], slice(None))):
+        response = right.response.clone()
+        response[rows, columns] *= 1.7
+        result = diagnose(replace(right, response=response))
+        assert result.code == "masked-entries"
+        assert "tied" in result.message
+    response = right.response.clone()
+    response[:, [3, 9]] *= 1.7
+    assert diagnose(replace(right, response=response)).code == "unrecognised"
+
+
 @pytest.mark.parametrize(
     ("code", "response"),
     [
@@ -327,7 +400,7 @@ def test_the_evidence_is_left_untouched() -> None:
 
 def test_true_formulas_use_less_than_half_of_their_tolerance() -> None:
     """Measures FIT_MULTIPLE and FIT_TYPICAL: 0.32 and 0.2 are the largest shares seen."""
-    named = {f.code for formulas in diagnosis._FORMULAS.values() for f in formulas}
+    named = {f.code for formulas in FORMULAS.values() for f in formulas}
     for mistake in (m for m in FAULTS if m.code in named):
         for function in mistake.functions:
             for dtype in (torch.float64, torch.float32):
@@ -335,7 +408,7 @@ def test_true_formulas_use_less_than_half_of_their_tolerance() -> None:
                 assert evidence is not None
                 case = diagnosis._prepare(evidence)
                 shares = []
-                for formula in diagnosis._FORMULAS[function]:
+                for formula in FORMULAS[function]:
                     if formula.code == mistake.code:
                         model = diagnosis._model(case, formula)
                         shares.append(((case.got - model.value) / (case.bound + model.rounding)).abs())

@@ -60,14 +60,14 @@ class Seen:
 
 
 def against_slopes(
-    projected: Tensor, allowed: Tensor, found: Slopes, *, direction: int, unit: float
+    projected: Tensor, allowed: Tensor, found: Slopes, *, direction: int, unit: float, safety: float = DIFFERENCE_SAFETY
 ) -> tuple[Miss, list[Seen]]:
     """Directional derivatives [K] with their own rounding [K] against the slopes along one direction."""
     below = found.low - projected
     above = projected - found.high
     error = torch.maximum(torch.maximum(below, above), torch.zeros_like(below))
     error = torch.where(torch.isfinite(projected), error, math.inf)
-    bound = DIFFERENCE_SAFETY * found.bar + allowed + _NATURAL_ULPS * unit * found.natural
+    bound = safety * found.bar + allowed + _NATURAL_ULPS * unit * found.natural
     ratio = torch.where(torch.isinf(bound), 0.0, error / bound.clamp_min(1e-300))
     ratio = torch.where(error == 0, 0.0, ratio).nan_to_num(nan=math.inf, posinf=math.inf)
     k = int(ratio.argmax())
@@ -117,9 +117,15 @@ def project_tolerance(allowed: Sequence[Gradient], direction: Sequence[Tensor]) 
 
 
 def against_gradient(
-    got: Sequence[Gradient], expected: Sequence[Gradient], allowed: Sequence[Gradient]
+    got: Sequence[Gradient],
+    expected: Sequence[Gradient],
+    allowed: Sequence[Gradient],
+    natural: Sequence[float] | None = None,
 ) -> tuple[Miss, list[Seen]]:
-    """Every entry of K gradients against another set, with the tolerance of every entry."""
+    """Every entry of K gradients against another set, with the tolerance of every entry.
+
+    `natural` is the size that an entry of order one has, by argument; by default the size of the largest one.
+    """
     misses: list[Miss] = []
     seen: list[Seen] = []
     for k, (mine, right, width) in enumerate(zip(got, expected, allowed, strict=True)):
@@ -129,8 +135,9 @@ def against_gradient(
             misses.append(_entrywise(a, b, t, k, position))
             b64 = as_real(b).to(torch.float64)
             place = int(b64.abs().nan_to_num().flatten().argmax())
-            natural = float(b64.abs().nan_to_num().max())
-            seen.append(Seen(argument=position, size=natural, bound=float(t.flatten()[place]), natural=natural))
+            size = float(b64.abs().nan_to_num().max())
+            own = size if natural is None else max(size, natural[position])
+            seen.append(Seen(argument=position, size=size, bound=float(t.flatten()[place]), natural=own))
     return worst(misses), seen
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcheck_cli.checks.candidate import DIFFERENCE_SAFETY
 from gradcheck_cli.checks.function.compare import (
     Miss,
     Seen,
@@ -35,6 +36,7 @@ from gradcheck_cli.checks.function.slopes import (
     eps_of,
     joint_direction,
     random_direction,
+    size_of,
     slopes,
     unit_direction,
 )
@@ -55,6 +57,8 @@ NATIVE_SAFETY = 3.0
 """Multiple of the measured tolerance that one entry may be off by: right code reached 2.5 (see the benchmark)."""
 SAMPLES = 8
 SECOND_SAMPLES = 64
+NARROW_SAFETY = 16.0
+"""Multiple of the differences' bar in a narrow dtype: rough float32 functions missed up to 15 bars."""
 _ULPS_WITHOUT_TWIN = 16.0
 
 
@@ -100,6 +104,20 @@ class DerivativeChecks:
         if self._slopes is None:
             self._slopes = list(self._measure())
         return self._slopes
+
+    @property
+    def natural(self) -> list[float]:
+        """The size of an entry of a gradient of order one, by argument: |⟨w, f⟩| for a move by the argument's size."""
+        found = []
+        for argument, value in enumerate(self.stage.point):
+            mine = [float(one.natural.max()) for one in self.slopes if one.argument in (argument, -1)]
+            found.append(max(mine, default=0.0) / size_of(as_real(value)))
+        return found
+
+    @property
+    def safety(self) -> float:
+        """Multiple of the differences' bar that is allowed; narrow bars cover less (see the calibration table)."""
+        return DIFFERENCE_SAFETY if self.unit == 2.0**-53 else NARROW_SAFETY
 
     def _measure(self) -> Iterator[Slopes]:
         generator = torch.Generator().manual_seed(self.setting.program.seed * 7_919 + 3)
@@ -240,7 +258,7 @@ class DerivativeChecks:
             yield skipped(row, f"{label} is not made of differentiable operations: the differences contradict it")
             return
         self.trusted = Trusted(gradients=expected, reference=label, source=source, stage=stage)
-        miss, seen = against_gradient(self.witness_gradients, expected, self.tolerance)
+        miss, seen = against_gradient(self.witness_gradients, expected, self.tolerance, self.natural)
         result = self.judged(row, miss, seen, started, Checked(probes=len(expected)))
         if result.verdict is Verdict.FAIL:
             self.failed = (miss, self.stage)
@@ -280,6 +298,7 @@ class DerivativeChecks:
                 one,
                 direction=position,
                 unit=self.unit,
+                safety=self.safety,
             )
             for position, one in enumerate(self.slopes)
         ]
@@ -317,10 +336,10 @@ class DerivativeChecks:
         row = self.row(row.method, f"{reference} in float64", setting.native, setting.narrowest)
         got = self.candidate.source(setting.native, setting.cotangents)
         allowed = [[NATIVE_SAFETY * part for part in one] for one in self.native_tolerance]
-        miss, seen = against_gradient(got, expected, allowed)
+        miss, seen = against_gradient(got, expected, allowed, self.natural)
         if miss.ratio > 1:
             allowed = self._second_look(expected, allowed)
-            miss, seen = against_gradient(got, expected, allowed)
+            miss, seen = against_gradient(got, expected, allowed, self.natural)
         result = self.judged(row, miss, seen, started, Checked(probes=len(got)))
         if result.verdict is Verdict.FAIL and self.failed is None:
             self.failed = (miss, setting.native)

@@ -1,6 +1,5 @@
 """Why a gradient is wrong: part of its Jacobian, recovered from the code and from a witness, and diagnosed."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -65,7 +64,8 @@ def _evidence(checks: DerivativeChecks, miss: Miss, stage: Stage) -> BlockEviden
     expected, bound, low, high = _expected(checks, stage, units, part)
     point = stage.point[argument]
     names = setting.places()
-    wrong = _wrong_arguments(checks, stage)
+    wrong = _wrong_arguments(checks, stage) | {argument}
+    known = stage is not setting.native or setting.twin is None
     return BlockEvidence(
         got=got.cpu(),
         expected=expected.cpu(),
@@ -82,7 +82,7 @@ def _evidence(checks: DerivativeChecks, miss: Miss, stage: Stage) -> BlockEviden
         factors=_factors(checks, stage),
         elsewhere=_elsewhere(checks, units, part),
         argument=names[argument],
-        arguments_right=tuple(name for position, name in enumerate(names) if position not in wrong),
+        arguments_right=tuple(name for position, name in enumerate(names) if known and position not in wrong),
         arguments_wrong=tuple(names[position] for position in sorted(wrong) if position != argument),
         dtype=str(setting.narrowest if stage is setting.native else torch.float64).removeprefix("torch."),
         unit=setting.unit if stage is setting.native else 2.0**-53,
@@ -173,12 +173,6 @@ def _factors(checks: DerivativeChecks, stage: Stage) -> dict[str, float]:
         if value.numel() == 1 and value.is_floating_point() and float(value) not in (0.0, 1.0, -1.0):
             found[f"{argument.name} = {float(value):g}"] = float(value)
             found[f"1/({argument.name} = {float(value):g})"] = 1 / float(value)
-        for size in value.shape:
-            if size > 1:
-                found[f"size {size}"] = float(size)
-                found[f"1/(size {size})"] = 1 / size
-                found[f"1/√(size {size})"] = 1 / math.sqrt(size)
-                found[f"√(size {size})"] = math.sqrt(size)
     return found
 
 

@@ -93,7 +93,7 @@ class ForwardModeChecks:
         found: list[Miss] = []
         seen: list[Seen] = []
         for position, (one, value, width) in enumerate(zip(chosen, projected, allowed, strict=True)):
-            miss, shown = against_slopes(value, width, one, direction=position, unit=self._unit)
+            miss, shown = against_slopes(value, width, one, direction=position, unit=self._unit, safety=checks.safety)
             found.append(miss)
             seen += shown
         miss = worst(found)

@@ -133,7 +133,7 @@ class LawChecks:
         graph = self._stage.graph()
         if not any(graph.connected):
             return None
-        other = [_half(value) for value in self._stage.point]
+        other = [_others(value) for value in self._stage.point]
         try:
             with torch.enable_grad():
                 later = self._stage.outputs([value.requires_grad_() for value in other])
@@ -306,9 +306,9 @@ def law_result(
 _ULPS = 16.0
 
 
-def _half(value: Tensor) -> Tensor:
-    """Other numbers of the same kind and sign, for a call in between."""
-    return copy_of(value) / 2
+def _others(value: Tensor) -> Tensor:
+    """Other numbers from the same domain, for a call in between: the same in reverse order."""
+    return copy_of(value).flip(-1) if value.dim() and value.shape[-1] > 1 else copy_of(value) / 2
 
 
 def _same_bits(new: Tensor, old: Tensor) -> bool:

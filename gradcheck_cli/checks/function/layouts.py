@@ -15,6 +15,7 @@ from gradcheck_cli.checks.function.laws import law_result, law_row
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.bypass import function_classes
 from gradcheck_cli.program.in_place import InPlaceWatch
 from gradcheck_cli.program.stage import copy_of
 from gradcheck_cli.results import CheckResult, Diagnosis
@@ -84,6 +85,7 @@ class LayoutChecks:
                 yield skipped(row, "the code writes in place, which torch's vmap does not survive")
             else:
                 yield from self._batched()
+                yield from self._own_batching()
 
     def _arranged(self, layout: _Layout) -> Iterator[CheckResult]:
         point = self._stage.point
@@ -270,6 +272,52 @@ class LayoutChecks:
                 message="Several upstream gradients at once (vmap) give something else than one after the other.",
             )
         yield law_result(self._checks, "batched derivatives (vmap)", miss, started, diagnosis=diagnosis)
+
+    def _own_batching(self) -> Iterator[CheckResult]:
+        """A custom Function's own rule for torch.func.vmap, over inputs and upstreams, against a loop."""
+        stage, law = self._stage, "custom batching rule (torch.func.vmap)"
+        if not any(_has_batching_rule(cls) for cls in function_classes(stage.graph().outputs)):
+            return
+        started = time.perf_counter()
+        points = [[value, _others(value)] for value in stage.point]
+        upstreams = [[w, _others(w)] for w in self._w]
+
+        def gradient(point: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+            pulled = torch.func.vjp(lambda *values: tuple(stage.outputs(values)), *point)
+            outputs, pull = pulled[0], pulled[1]
+            return list(pull(tuple(w.to(o.dtype) for w, o in zip(upstream, outputs, strict=True))))
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's notes on slow paths
+                stacked = torch.func.vmap(gradient)(
+                    [torch.stack(pair) for pair in points], [torch.stack(pair) for pair in upstreams]
+                )
+                looped = [gradient([pair[k] for pair in points], [pair[k] for pair in upstreams]) for k in range(2)]
+        except (RuntimeError, SoftcheckError, NotImplementedError) as problem:
+            yield skipped(law_row(self._checks, law), f"it cannot be batched: {first_line(problem)}")
+            return
+        misses = [
+            against_gradient([[part[k] for part in stacked]], [one], [self._tolerance(one)])[0]
+            for k, one in enumerate(looped)
+        ]
+        miss = worst(misses)
+        diagnosis = None
+        if miss.ratio > 1:
+            diagnosis = Diagnosis(
+                code="batch-coupled",
+                message="The custom Function's own batching rule gives something else than one call after the other.",
+            )
+        yield law_result(self._checks, law, miss, started, diagnosis=diagnosis)
+
+
+def _has_batching_rule(cls: type[torch.autograd.Function]) -> bool:
+    own = cls.vmap is not torch.autograd.Function.vmap
+    return own or bool(getattr(cls, "generate_vmap_rule", False))
+
+
+def _others(value: Tensor) -> Tensor:
+    return copy_of(value).flip(-1) if value.dim() else copy_of(value)
 
 
 _BATCH = 4

@@ -73,6 +73,7 @@ class Locator:
             one,
             direction=-1,
             unit=checks.unit,
+            safety=checks.safety,
         )
         return found
 

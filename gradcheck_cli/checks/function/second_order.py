@@ -17,12 +17,10 @@ from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.derivatives.line_difference import differentiate_line
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real, real_vector
-from gradcheck_cli.program.stage import Stage, inner
+from gradcheck_cli.program.stage import Stage, copy_of, inner
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 
 _DIRECTIONS = 2
-_STEPS = 12
-"""Halvings for differences of the gradient, each about three times the cost of a value."""
 _ULPS = 64.0
 _NATURAL = 1e-9
 
@@ -71,7 +69,9 @@ class SecondOrderChecks:
         """H u for every varied argument; zeros where the gradient does not depend on it."""
         stage = self._stage
         graph = stage.graph()
-        gradient = graph.gradient(self._w, create_graph=True)
+        # An upstream without a graph would let a once-differentiable backward pass for one without second derivative.
+        upstream = [copy_of(w).requires_grad_() for w in self._w]
+        gradient = graph.gradient(upstream, create_graph=True)
         with stage.scope(), torch.enable_grad(), stage.program.code.running():
             total: Tensor | None = None
             for part, step in zip(gradient, direction, strict=True):
@@ -93,7 +93,7 @@ class SecondOrderChecks:
             return real_vector(moved_stage(stage, direction, t).reverse([self._w])[0])
 
         center = gradient(0.0)
-        slopes = differentiate_line(gradient, steps[:_STEPS], center=center, eps=2.0**-52)
+        slopes = differentiate_line(gradient, steps, center=center, eps=2.0**-52)
         got = real_vector(list(product))
         error = torch.maximum(torch.maximum(slopes.low - got, got - slopes.high), torch.zeros_like(got))
         error = torch.where(torch.isfinite(got), error, math.inf)

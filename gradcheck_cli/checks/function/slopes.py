@@ -61,10 +61,10 @@ def slopes(
     count = cotangents.shape[0]
     size = _project(cotangents.abs(), center.abs().nan_to_num(nan=0.0, posinf=0.0))
     noise = size * eps
-    noise = torch.cat([noise, torch.zeros_like(center)]) if inside else noise
+    noise = torch.cat([noise, center.abs().nan_to_num(nan=0.0, posinf=0.0) * eps]) if inside else noise
     middle = _project(cotangents, center)
     middle = torch.cat([middle, center]) if inside else middle
-    found = differentiate_line(joined, steps, center=middle, noise=noise, eps=eps)
+    found = differentiate_line(joined, steps, center=middle, noise=noise, eps=0.0)
     parts = _part(found, slice(count, None)) if inside else None
     mine = _part(found, slice(0, count))
     low, high, bar = mine.low, mine.high, mine.bar
