@@ -63,7 +63,8 @@ class CheckResult:
     `check` says what was compared ("forward", "derivative" or "structure"), `method` how it was computed and
     `reference` against what. `bound`, `max_error` and `ratio` (error/bound) belong to the entry with the
     largest ratio; `detectable` is the smallest relative error that this run would have called a failure.
-    `backend` (the framework), `device` and `dtype` name what really ran. `seconds` is wall time.
+    `backend` (the framework), `device` and `dtype` name what really ran. `seconds` is wall time. Rows with a
+    `group` are told together; `rerun` is a command and `script` a Python program that shows the same failure.
     """
 
     name: str
@@ -84,6 +85,8 @@ class CheckResult:
     reason: str | None = None
     seconds: float = 0.0
     rerun: str | None = None
+    group: str = ""
+    script: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from gradcheck_cli.commands.function_run import FunctionOptions
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_VALUES = (
+    "normal", "ties", "constant", "whole", "positive", "negative", "small", "tiny", "30", "100", "1000", "offset",
+    "one-row-far", "saturated", "masked",
+)  # fmt: skip
 _ALLOWED = ("straight-through", "fused-loss")
 
 _EPILOG = """\b
@@ -42,7 +46,14 @@ Examples:
     "below 10; repeatable. By default one argument of shape 4,8.",
 )
 @click.option(
-    "--dtype", type=click.Choice(_DTYPES), help="Cast floating-point inputs; by default as they are, random ones float64."
+    "--values",
+    type=click.Choice(_VALUES),
+    help="Kind of random numbers for --shape; by default normal ones, or others where the function is defined.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    help="Cast floating-point inputs; by default as they are, random ones float64.",
 )
 @click.option(
     "--device", default="cpu", show_default=True, help="Where torch runs: cpu, cuda, cuda:N or mps; never another."

@@ -17,7 +17,7 @@ from gradcheck_cli.devices import device_label, resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import UserCode
 from gradcheck_cli.program.build import as_callable, make_program
-from gradcheck_cli.program.inputs import parse_kwargs, parse_shape, random_inputs, read_inputs
+from gradcheck_cli.program.inputs import parse_kwargs, parse_shape, random_inputs, read_inputs, special_inputs
 from gradcheck_cli.program.program import Program
 from gradcheck_cli.results import CheckResult, Report, Verdict
 from gradcheck_cli.sources.targets import load_target
@@ -48,10 +48,15 @@ class FunctionOptions(TypedDict):
     allow: tuple[str, ...]
     stress: bool
     self_test: bool
+    values: str | None
 
 
 def run_function(options: FunctionOptions, advance: Advance) -> Report:
     """The report of one run. Raises SoftcheckError where nothing can be verified."""
+    if options["stress"]:
+        from gradcheck_cli.commands.function_stress import stress_function
+
+        return stress_function(options, loaded(options["target"], options), versions(), advance)
     built = _build(options)
     plan = FunctionPlan(
         reference=built.reference,
@@ -69,7 +74,7 @@ def run_function(options: FunctionOptions, advance: Advance) -> Report:
         command="function",
         subject=_subject(options),
         results=results,
-        facts=_facts(built.program, check, results),
+        facts=_facts(built.program, check),
         environment=environment(built.program),
         notes=(*built.notes, *check.notes()),
     )
@@ -156,6 +161,8 @@ def _inputs(
     shapes = [parse_shape(text) for text in options["shapes"] or (_DEFAULT_SHAPE,)]
     call = as_callable(target, options["target"])
     default = _parameter_dtype(target) or torch.float64
+    if options["values"] is not None:
+        return special_inputs(shapes, dtype=dtype or default, seed=options["seed"], values=options["values"]), ()
     drawn, note = random_inputs(
         shapes,
         dtype=dtype or default,
@@ -196,6 +203,7 @@ def _with_rerun(result: CheckResult, command: str) -> CheckResult:
 _MANY = {"inputs": "--input", "shapes": "--shape", "wrt": "--wrt", "allow": "--allow"}
 _ONE = {
     "dtype": "--dtype",
+    "values": "--values",
     "device": "--device",
     "kwargs": "--kwargs",
     "make_kwargs": "--make-kwargs",
@@ -241,7 +249,7 @@ def _subject(options: FunctionOptions) -> str:
     return " ".join(parts)
 
 
-def _facts(program: Program, check: FunctionCheck, results: tuple[CheckResult, ...]) -> tuple[tuple[str, str], ...]:
+def _facts(program: Program, check: FunctionCheck) -> tuple[tuple[str, str], ...]:
     setting = check.setting
     inputs = [
         f"{argument.name} {_shape(argument.value)}{'' if argument.varies else ' (fixed)'}"
@@ -276,17 +284,23 @@ def _shape(value: Tensor) -> str:
 
 def environment(program: Program) -> dict[str, str | int | bool]:
     """Versions, device and what changes the precision of torch's kernels."""
+    return versions() | {
+        "device": device_label(program.device),
+        "tf32": program.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        "autocast": torch.is_autocast_enabled(program.device.type),
+        "compiled": program.eager is not None,
+        "seed": program.seed,
+    }
+
+
+def versions() -> dict[str, str | int | bool]:
+    """What softcheck runs on."""
     return {
         "softcheck": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": device_label(program.device),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": program.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        "autocast": torch.is_autocast_enabled(program.device.type),
-        "compiled": program.eager is not None,
-        "seed": program.seed,
     }

@@ -19,12 +19,20 @@ Examples:
   softcheck jacobian logits.npy --function cross_entropy --target labels.npy
   softcheck jacobian scores.npy --backward library_x.py:softmax_backward
   softcheck jacobian scores.npy --impl mylib.ops:softmax --backend torch
+  softcheck jacobian --stress --impl mylib.ops:softmax
 """
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("scores")
+@click.argument("scores", required=False)
 @output_options
+@click.option(
+    "--stress",
+    is_flag=True,
+    help="Check a lattice of small cases instead: sizes, axes, layouts, dtypes, values, masks, upstream gradients, "
+    "repeated calls and loss options; SCORES is one more case if given. Off by default.",
+)
+@click.option("--case", metavar="TEXT", help="Only those cases of --stress whose name has TEXT in it; by default all.")
 @click.option("--key", help="Name of the array in a file that holds several; needed only then.")
 @click.option("--axis", type=int, default=-1, show_default=True, help="Axis along which the function works.")
 @click.option(
@@ -109,7 +117,7 @@ def jacobian(output: OutputOptions, **options: "Unpack[JacobianOptions]") -> int
     """Check the Jacobian of softmax and its family at SCORES.
 
     SCORES is a .npy, .npz, .csv, .tsv, .txt, .json, .pt or .safetensors file, or - for standard input. Every slice
-    along the axis has its own Jacobian; -inf is a mask.
+    along the axis has its own Jacobian; -inf is a mask. `--stress` makes scores of its own.
     """
     from gradcheck_cli.commands.jacobian_run import run_jacobian
 

@@ -31,7 +31,9 @@ _ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".json", ".csv
 class JacobianOptions(TypedDict):
     """The options of `softcheck jacobian` by the names of their parameters."""
 
-    scores: str
+    scores: str | None
+    stress: bool
+    case: str | None
     key: str | None
     axis: int
     temperature: float
@@ -57,6 +59,14 @@ class JacobianOptions(TypedDict):
 
 def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
     """The report of one run. Raises SoftcheckError where nothing can be verified."""
+    if options["stress"]:
+        from gradcheck_cli.commands.jacobian_stress import stress_jacobian
+
+        return stress_jacobian(options, _loss_options(options), _versions(), advance)
+    if options["scores"] is None:
+        raise SoftcheckError("no scores are given", hint="name a file, - for standard input, or add --stress")
+    if options["case"] is not None:
+        raise SoftcheckError("--case names a case of --stress", hint="add --stress")
     methods = resolve_methods(options["methods"])
     device = resolve_device(options["device"])
     dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
@@ -204,7 +214,7 @@ _DEFAULTS: dict[str, object] = {
 
 def _rerun(options: JacobianOptions) -> str:
     """The command line that repeats this run."""
-    words = ["softcheck", "jacobian", options["scores"]]
+    words = ["softcheck", "jacobian", str(options["scores"])]
     for name, value in options.items():
         if name in _FLAGS and value is not None and value != _DEFAULTS.get(name):
             words += [_FLAGS[name], str(value)]
@@ -250,15 +260,20 @@ def _coverage_line(entries: int, results: tuple[CheckResult, ...]) -> str:
 
 
 def _environment(problem: Problem) -> dict[str, str | int | bool]:
+    return _versions() | {
+        "device": device_label(problem.scores.device),
+        "dtype": str(problem.scores.dtype).removeprefix("torch."),
+        "seed": problem.seed,
+    }
+
+
+def _versions() -> dict[str, str | int | bool]:
     return {
         "softcheck": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": device_label(problem.scores.device),
-        "dtype": str(problem.scores.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "seed": problem.seed,
     }

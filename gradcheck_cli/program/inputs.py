@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.kinds import KINDS
 from gradcheck_cli.program.outputs import carries_derivative
 from gradcheck_cli.sources.scores import read_array
 
@@ -21,6 +22,12 @@ class Shape:
 
     sizes: tuple[int, ...]
     below: int | None = None
+
+    @property
+    def text(self) -> str:
+        """What `parse_shape` reads."""
+        sizes = ",".join(str(size) for size in self.sizes) or "()"
+        return sizes if self.below is None else f"{sizes}:int:{self.below}"
 
 
 def parse_shape(text: str) -> Shape:
@@ -97,6 +104,14 @@ def random_inputs(
             return drawn, None if drawn is first else f"the random inputs are {name}, where the function is finite"
     assert first is not None
     return first, None
+
+
+def special_inputs(shapes: Sequence[Shape], *, dtype: torch.dtype, seed: int, values: str) -> list[Tensor]:
+    """Random inputs of one kind (see `KINDS`)."""
+    return [
+        KINDS[values](drawn, dtype).to(dtype) if drawn.is_floating_point() else drawn
+        for drawn in _draw(shapes, torch.float64, seed, None)
+    ]
 
 
 def _draw(shapes: Sequence[Shape], dtype: torch.dtype, seed: int, interval: tuple[float, float] | None) -> list[Tensor]:

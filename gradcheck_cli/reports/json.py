@@ -50,6 +50,8 @@ def _result(result: CheckResult) -> dict[str, object]:
         "reason": result.reason,
         "seconds": json_number(result.seconds),
         "rerun": result.rerun,
+        "group": result.group,
+        "script": result.script,
     }
 
 

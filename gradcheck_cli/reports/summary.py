@@ -39,7 +39,8 @@ def place_of(result: CheckResult) -> str:
 
 def describe(result: CheckResult) -> str:
     """The row in one line: name, method and place."""
-    parts = (result.name, method_of(result) if result.method != result.name else "", place_of(result))
+    name = f"{result.group}: {result.name}" if result.group else result.name
+    parts = (name, method_of(result) if result.method != result.name else "", place_of(result))
     return " · ".join(part for part in parts if part)
 
 

@@ -2,7 +2,7 @@
 
 import io
 import math
-import shlex
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
@@ -13,6 +13,7 @@ from rich.text import Text
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.grid import flow
+from gradcheck_cli.reports.groups import group_rows, other_failures
 from gradcheck_cli.reports.numbers import format_checked, format_number, format_pair, format_place
 from gradcheck_cli.reports.pictures import show_picture
 from gradcheck_cli.reports.rows import VERDICT_STYLES, result_rows, structure_rows
@@ -23,6 +24,8 @@ _MOST_EXPLAINED = 20
 _MOST_METHODS = 8
 _SMALLEST_WIDTH = 40
 _INDENT = 4
+_WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"\\])+""", re.DOTALL)
+"""A word of a command line with its quotes; a quote that nothing closes is a letter."""
 
 
 def render_table(report: Report, *, width: int, color: bool, unicode: bool, exit_code: int | None = None) -> str:
@@ -69,15 +72,19 @@ def _blocks(report: Report, look: Look) -> Iterator[list[RenderableType]]:
     yield _header(report, look)
     for picture in report.pictures:
         yield [show_picture(picture, look)]
-    rows = [result for result in report.results if result.check != "structure"]
+    groups = [result for result in report.results if result.group]
+    rows = [result for result in report.results if result.check != "structure" and not result.group]
     structure = [result for result in report.results if result.check == "structure"]
     if rows:
         yield [result_rows(rows, look)]
     if structure:
         yield [structure_rows(structure, look)]
+    if groups:
+        yield [group_rows(groups, look, VERDICT_STYLES)]
     for verdict in (Verdict.SKIPPED, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL):
-        yield _explanations([row for row in report.results if row.verdict is verdict], look)
-    yield [*_coverage(report.results, look), _verdict_line(report, look)]
+        yield _explanations(report.results, verdict, look)
+    alone = [result for result in report.results if not result.group]
+    yield [*_coverage(alone, look), _verdict_line(report, look)]
 
 
 def _text(content: str, look: Look, style: str = "") -> Text:
@@ -95,19 +102,25 @@ def _header(report: Report, look: Look) -> list[RenderableType]:
     return lines
 
 
-def _explanations(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:
-    """Why these rows of one verdict did not pass: the worst first, or those with the same reason together."""
+def _explanations(results: Sequence[CheckResult], verdict: Verdict, look: Look) -> list[RenderableType]:
+    """Why the rows of one verdict did not pass: the worst first, or those with the same reason together."""
+    rows = [row for row in results if row.verdict is verdict]
     if not rows:
         return []
-    if rows[0].verdict is not Verdict.FAIL:
+    if verdict is not Verdict.FAIL:
         return _reasons(rows, look)
-    worst = sorted(rows, key=lambda row: (row.check != "structure", _severity(row)), reverse=True)
+    told = [row for row in rows if not row.group or row.reason is not None]
+    others = other_failures(results)
+    worst = sorted(told, key=lambda row: (row.check != "structure", _severity(row)), reverse=True)
     parts: list[RenderableType] = []
     for row in worst[:_MOST_EXPLAINED]:
         parts.append(_failure(row, look))
     if len(worst) > _MOST_EXPLAINED:
         rest = len(worst) - _MOST_EXPLAINED
         parts.append(_text(f"… and {rest:,} more failing rows; `-f concise` lists every one", look, "bold"))
+    if others:
+        parts.append(_text("also failing:", look, "bold"))
+        parts += [_indented(_text(line, look)) for line in others]
     return parts
 
 
@@ -128,7 +141,9 @@ def _failure(row: CheckResult, look: Look) -> RenderableType:
         details.append(_text(f"{where}got {got}, expected {expected}, error {error}, bound {bound}", look))
     if row.reason:
         details.append(_text(row.reason, look))
-    return Group(_label(row.verdict, describe(row), look), *map(_indented, details), *_rerun(row, look))
+    return Group(
+        _label(row.verdict, describe(row), look), *map(_indented, details), *_rerun(row, look), *_script(row, look)
+    )
 
 
 def _reasons(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:
@@ -160,10 +175,7 @@ def _rerun(row: CheckResult, look: Look) -> list[Text]:
     r"""The command that repeats the row, continued with `\` so that it can be copied as it stands."""
     if not row.rerun:
         return []
-    try:
-        words = [shlex.quote(word) for word in shlex.split(row.rerun)]
-    except ValueError:
-        words = row.rerun.split()
+    words = _WORD.findall(row.rerun)  # quoted already, and | and <(…) must stay as they are
     lines = ["rerun:"]
     for word in words:
         shown = escape(word, unicode=look.unicode)
@@ -173,6 +185,14 @@ def _rerun(row: CheckResult, look: Look) -> list[Text]:
         else:
             lines[-1] += f" {shown}"
     return [Text(f"{' ' * _INDENT}{line}", style="cyan", no_wrap=True, overflow="ignore") for line in lines]
+
+
+def _script(row: CheckResult, look: Look) -> list[Text]:
+    """The program that shows the failure, each line as it stands."""
+    if not row.script:
+        return []
+    shown = ["script:", *(f"  {escape(line, unicode=look.unicode)}" for line in row.script.splitlines())]
+    return [Text(f"{' ' * _INDENT}{line}", style="cyan", no_wrap=True, overflow="ignore") for line in shown]
 
 
 def _coverage(results: Sequence[CheckResult], look: Look) -> list[RenderableType]:

@@ -44,7 +44,7 @@ TOP = [
     "results",
 ]
 RESULT = ["name", "check", "method", "reference", "backend", "device", "dtype", "verdict", "max_error", "bound",
-          "ratio", "detectable", "worst", "checked", "diagnosis", "reason", "seconds", "rerun"]  # fmt: skip
+          "ratio", "detectable", "worst", "checked", "diagnosis", "reason", "seconds", "rerun", "group", "script"]  # fmt: skip
 
 
 def refuse(constant):

@@ -258,7 +258,8 @@ class DerivativeChecks:
             yield skipped(row, f"{label} is not made of differentiable operations: the differences contradict it")
             return
         self.trusted = Trusted(gradients=expected, reference=label, source=source, stage=stage)
-        miss, seen = against_gradient(self.witness_gradients, expected, self.tolerance, self.natural)
+        allowed = [[NATIVE_SAFETY * part for part in one] for one in self.tolerance]
+        miss, seen = against_gradient(self.witness_gradients, expected, allowed, self.natural)
         result = self.judged(row, miss, seen, started, Checked(probes=len(expected)))
         if result.verdict is Verdict.FAIL:
             self.failed = (miss, self.stage)
