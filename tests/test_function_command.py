@@ -246,7 +246,7 @@ def test_self_test_shows_what_would_be_caught(check):
 def test_self_test_admits_what_it_would_miss(check):
     """Where the derivative is zero, a gradient scaled or zeroed is the same gradient."""
     report = check("torch:round", "--self-test")
-    assert row(report, "planted in input: times 1 + ε")["verdict"] == "skipped"
+    assert row(report, "planted in x: times 1 + ε")["verdict"] == "skipped"
 
 
 def test_the_same_seed_gives_the_same_numbers(check):

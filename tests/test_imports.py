@@ -38,6 +38,7 @@ def heavy_after(statement):
         "import gradcheck_cli",
         HELP.format(words=["--help"]),
         HELP.format(words=["jacobian", "--help"]),
+        HELP.format(words=["function", "--help"]),
         "import gradcheck_cli.commands.jacobian, gradcheck_cli.commands.options",
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 
 import gradcheck_cli
 from gradcheck_cli.cli import COMMANDS, main
+from gradcheck_cli.commands.function import function
 from gradcheck_cli.commands.jacobian import jacobian
 
 ROOT = Path(gradcheck_cli.__file__).parents[1]
@@ -85,7 +86,7 @@ def test_the_failure_that_is_shown_is_the_real_one(monkeypatch, capsys):
 
 
 def test_nothing_is_promised_that_does_not_exist():
-    options = {name for option in jacobian.params for name in option.opts}
+    options = {name for command in (jacobian, function) for option in command.params for name in option.opts}
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     foreign = {"--no-exhaustive", "--help", "--version"}
     assert words - foreign <= options
