@@ -60,40 +60,97 @@ def differentiate_line(
     `steps` halve, and the curve must be evaluated at exactly x + t u (see `exact_direction`). `eps` is the relative
     spacing of the dtype in which the curve computes; `noise` is absolute and broadcasts against the values.
     """
+    return estimated([along_line(curve, steps, center=center, noise=noise)], eps=eps)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineValues:
+    """f(x + h u) and f(x - h u) at every step, [levels, components]; f(x) and the known noise, [components]."""
+
+    above: Tensor
+    below: Tensor
+    centre: Tensor
+    noise: Tensor
+    steps: tuple[float, ...]
+    shape: tuple[int, ...]
+    evaluations: int
+
+
+def along_line(
+    curve: Curve, steps: Sequence[float], *, center: Tensor | None = None, noise: Tensor | float = 0.0
+) -> LineValues:
+    """The values that `differentiate_line` needs; no values of f(x ± h u) where there are too few steps."""
     centre = curve(0.0) if center is None else center
     evaluations = int(center is None)
-    shape, count = centre.shape, centre.numel()
-    if len(steps) < LEAST_LEVELS or not count:
-        return _unknown(centre, evaluations)
-    above, below = [], []
-    for step in steps:
-        above.append(curve(step).detach().reshape(-1))
-        below.append(curve(-step).detach().reshape(-1))
     flat = centre.detach().reshape(-1)
-    h = torch.tensor(list(steps), dtype=torch.float64, device=flat.device)[:, None]
-    noises = torch.as_tensor(noise, dtype=torch.float64, device=flat.device).expand(shape).reshape(-1)
+    above, below = [flat[:0]], [flat[:0]]
+    if len(steps) >= LEAST_LEVELS and flat.numel():
+        above, below = [], []
+        for step in steps:
+            above.append(curve(step).detach().reshape(-1))
+            below.append(curve(-step).detach().reshape(-1))
+        evaluations += 2 * len(steps)
+    noises = torch.as_tensor(noise, dtype=torch.float64, device=flat.device).expand(centre.shape).reshape(-1)
+    return LineValues(
+        above=torch.stack(above),
+        below=torch.stack(below),
+        centre=flat,
+        noise=noises,
+        steps=tuple(steps),
+        shape=tuple(centre.shape),
+        evaluations=evaluations,
+    )
+
+
+def estimated(lines: Sequence[LineValues], *, eps: float) -> list[LineEstimate]:
+    """The derivatives along several lines: those with the same steps are worked on together, which costs as one."""
+    found: dict[int, LineEstimate] = {}
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for place, line in enumerate(lines):
+        if line.above.numel():
+            alike.setdefault(line.steps, []).append(place)
+        else:
+            found[place] = _unknown(line)
+    for steps, places in alike.items():
+        columns = _joined([lines[place] for place in places], steps, eps)
+        sizes = [lines[place].centre.numel() for place in places]
+        for place, own in zip(places, zip(*(column.split(sizes) for column in columns), strict=True), strict=True):
+            value, bar, low, high, kink, side = (column.reshape(lines[place].shape) for column in own)
+            found[place] = LineEstimate(
+                value=value,
+                bar=bar,
+                low=low,
+                high=high,
+                kink=kink.bool(),
+                side=side.to(torch.int8),
+                evaluations=lines[place].evaluations,
+            )
+    return [found[place] for place in range(len(lines))]
+
+
+def _joined(lines: Sequence[LineValues], steps: Sequence[float], eps: float) -> list[Tensor]:
+    """The estimate's columns for all components of the lines, chunk by chunk."""
+    above, below = (torch.cat(levels, dim=1) for levels in zip(*((one.above, one.below) for one in lines), strict=True))
+    centre, noise = torch.cat([one.centre for one in lines]), torch.cat([one.noise for one in lines])
+    h = torch.tensor(list(steps), dtype=torch.float64, device=centre.device)[:, None]
     parts = []
-    for start in range(0, count, _CHUNK):
+    for start in range(0, centre.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
         samples = LineSamples(
-            above=torch.stack([level[part] for level in above]).double(),
-            below=torch.stack([level[part] for level in below]).double(),
-            centre=flat[part].double(),
-            noise=noises[part],
+            above=above[:, part].double(),
+            below=below[:, part].double(),
+            centre=centre[part].double(),
+            noise=noise[part],
             h=h,
             eps=eps,
         )
         parts.append(_estimate(samples))
-    value, bar, low, high, kink, side = (torch.cat(column).reshape(shape) for column in zip(*parts, strict=True))
-    evaluations += 2 * len(steps)
-    return LineEstimate(
-        value=value, bar=bar, low=low, high=high, kink=kink.bool(), side=side.to(torch.int8), evaluations=evaluations
-    )
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def _unknown(centre: Tensor, evaluations: int) -> LineEstimate:
+def _unknown(line: LineValues) -> LineEstimate:
     """No usable steps: nothing can be said of any component."""
-    value = torch.zeros(centre.shape, dtype=torch.float64, device=centre.device)
+    value = torch.zeros(line.shape, dtype=torch.float64, device=line.centre.device)
     return LineEstimate(
         value=value,
         bar=torch.full_like(value, math.inf),
@@ -101,7 +158,7 @@ def _unknown(centre: Tensor, evaluations: int) -> LineEstimate:
         high=value,
         kink=torch.zeros_like(value, dtype=torch.bool),
         side=torch.zeros_like(value, dtype=torch.int8),
-        evaluations=evaluations,
+        evaluations=line.evaluations,
     )
 
 

@@ -8,6 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class InPlaceWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types for it
     """While active, `seen` becomes true when an operation overwrites one of its operands."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its whole compiler (1 s) to keep it out of here, and wrap every operation."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.seen = False

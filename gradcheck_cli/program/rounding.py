@@ -215,6 +215,11 @@ class _Noise:
 class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types for it
     """Every operation rounds at random, as its kernel would in the dtype with this unit roundoff."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its whole compiler (1 s) to keep it out of here, and wrap every operation."""
+        return False
+
     def __init__(self, unit: float, noise: _Noise, *, operands: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._unit = unit

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,12 +139,41 @@ class Graph:
 
     def gradient_from(self, cotangents: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradient with the upstream tensors themselves handed to the function, as a loss above would."""
-        pairs = [(o, w.to(o.dtype)) for o, w in zip(self.outputs, cotangents, strict=True) if o.requires_grad]
-        if not pairs:
-            return (None,) * len(self.leaves)
-        outputs, upstream = zip(*pairs, strict=True)
         with self._stage.scope(), self._stage.program.code.running():
-            return torch.autograd.grad(outputs, self.leaves, upstream, retain_graph=True, allow_unused=True)
+            return handed_gradient(self.outputs, self.leaves, cotangents)
+
+
+class _Handed(torch.autograd.Function):
+    """Nothing forward; backward hands on the very tensor that it was given, strides and all."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, upstream: list[Tensor]) -> Tensor:
+        """A zero that depends on the output."""
+        ctx.upstream = upstream
+        return torch.zeros((), dtype=output.dtype, device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, None]:
+        """The upstream gradient."""
+        return ctx.upstream[0], None
+
+
+def handed_gradient(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the outputs for exactly these upstream tensors; None where autograd has none.
+
+    Explicit `grad_outputs` would make torch import its symbolic shapes first, a third of a second.
+    """
+    total: Tensor | None = None
+    with torch.enable_grad():
+        for output, w in zip(outputs, cotangents, strict=True):
+            if output.requires_grad:
+                zero = as_real(_Handed.apply(output, [w.to(output.dtype)])).sum()  # type: ignore[no-untyped-call]
+                total = zero if total is None else total + zero.to(total.dtype)
+        if total is None:
+            return (None,) * len(leaves)
+        return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
 
 
 def copy_of(tensor: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     narrow still receives its gradient in its own dtype: the caller widens the point and the parameters.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its whole compiler (1 s) to keep it out of here, and wrap every operation."""
+        return False
+
     def __init__(self, *, native: torch.dtype = torch.float32) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._native = native
@@ -117,6 +122,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
     """Logs and passes on."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its whole compiler (1 s) to keep it out of here, and wrap every operation."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above

@@ -13,7 +13,7 @@ from gradcheck_cli.checks.function.slopes import Slopes
 from gradcheck_cli.program.outputs import as_real
 from gradcheck_cli.results import Mismatch
 
-_NATURAL_ULPS = 8.0
+NATURAL_ULPS = 8.0
 """Rounding of ⟨w, f⟩ itself, which no gradient can be told apart from."""
 
 
@@ -67,7 +67,7 @@ def against_slopes(
     above = projected - found.high
     error = torch.maximum(torch.maximum(below, above), torch.zeros_like(below))
     error = torch.where(torch.isfinite(projected), error, math.inf)
-    bound = safety * found.bar + allowed + _NATURAL_ULPS * unit * found.natural
+    bound = safety * found.bar + allowed + NATURAL_ULPS * unit * found.natural
     ratio = torch.where(torch.isinf(bound), 0.0, error / bound.clamp_min(1e-300))
     ratio = torch.where(error == 0, 0.0, ratio).nan_to_num(nan=math.inf, posinf=math.inf)
     k = int(ratio.argmax())

@@ -1,14 +1,16 @@
 """Finite differences of the outputs' projections: the witness that needs no derivative."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.derivatives.finite_difference import exact_direction, step_ladder
-from gradcheck_cli.derivatives.line_difference import LineEstimate, differentiate_line
+from gradcheck_cli.derivatives.line_difference import LineEstimate, LineValues, along_line, estimated
+from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.stage import Stage
 
@@ -29,7 +31,8 @@ class Slopes:
 
     `direction` is the one really taken; `low` and `high` [K] bound what is accepted (they differ at a kink), `bar`
     [K] is the error bar of both; `natural` [K] is the size of a derivative of order one: Σ|w f| for a move of the
-    argument by its own size. `parts` are the single outputs' derivatives where there are few.
+    argument by its own size. `parts` are the single outputs' derivatives where there are few. `refused` is what the
+    function raised at some of the moved points, which then counted as outside its domain.
     """
 
     argument: int
@@ -43,14 +46,26 @@ class Slopes:
     one_sided: bool
     evaluations: int
     parts: LineEstimate | None = None
+    refused: str = ""
 
 
-def slopes(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """The function's projections, and its outputs where there are few, along one direction: not yet a derivative."""
+
+    argument: int
+    direction: list[Tensor]
+    line: LineValues
+    natural: Tensor
+    refused: str
+
+
+def sampled(
     stage: Stage, cotangents: Tensor, center: Tensor, direction: Sequence[Tensor], *, argument: int, eps: float
-) -> Slopes:
-    """The slopes along a direction; `cotangents` is [K, m] float64 and `center` [m] the outputs at the point."""
+) -> Samples:
+    """The values along a direction; `cotangents` is [K, m] float64 and `center` [m] the outputs at the point."""
     taken, steps = stepped(direction, stage.point)
-    curve = stage.along(taken)
+    curve = Domain(stage.along(taken), center)
     inside = center.numel() <= COMPONENTS
 
     def joined(t: float) -> Tensor:
@@ -58,31 +73,68 @@ def slopes(
         projected = _project(cotangents, value)
         return torch.cat([projected, value]) if inside else projected
 
-    count = cotangents.shape[0]
-    size = _project(cotangents.abs(), center.abs().nan_to_num(nan=0.0, posinf=0.0))
-    noise = size * eps
-    noise = torch.cat([noise, center.abs().nan_to_num(nan=0.0, posinf=0.0) * eps]) if inside else noise
+    size = center.abs().nan_to_num(nan=0.0, posinf=0.0)
+    natural = _project(cotangents.abs(), size)
     middle = _project(cotangents, center)
-    middle = torch.cat([middle, center]) if inside else middle
-    found = differentiate_line(joined, steps, center=middle, noise=noise, eps=0.0)
-    parts = _part(found, slice(count, None)) if inside else None
+    line = along_line(
+        joined,
+        steps,
+        center=torch.cat([middle, center]) if inside else middle,
+        noise=eps * (torch.cat([natural, size]) if inside else natural),
+    )
+    return Samples(argument=argument, direction=taken, line=line, natural=natural, refused=curve.refused)
+
+
+class Domain:
+    """A curve that is nan where the function raises or returns another number of values than at the point.
+
+    A matrix that is no longer positive definite, a probability above one: the point has left the domain.
+    """
+
+    def __init__(self, curve: Callable[[float], Tensor], center: Tensor) -> None:
+        self._curve, self._center = curve, center
+        self.refused = ""
+
+    def __call__(self, t: float) -> Tensor:
+        """The values at x + t u."""
+        try:
+            value = self._curve(t)
+        except (SoftcheckError, RuntimeError) as problem:
+            self.refused = first_line(problem)
+            return torch.full_like(self._center, math.nan)
+        if value.shape == self._center.shape:
+            return value
+        self.refused = "it returned arrays of other shapes"
+        return torch.full_like(self._center, math.nan)
+
+
+def slopes(samples: Sequence[Samples], cotangents: Tensor) -> list[Slopes]:
+    """The derivatives along several directions, worked out together."""
+    lines = estimated([one.line for one in samples], eps=0.0)
+    return [_slopes(one, found, cotangents) for one, found in zip(samples, lines, strict=True)]
+
+
+def _slopes(samples: Samples, found: LineEstimate, cotangents: Tensor) -> Slopes:
+    count = cotangents.shape[0]
+    parts = _part(found, slice(count, None)) if found.value.numel() > count else None
     mine = _part(found, slice(0, count))
     low, high, bar = mine.low, mine.high, mine.bar
     kink = bool(mine.kink.any())
     if parts is not None and bool(parts.kink.any()):
         low, high, bar, kink = *_interval(cotangents, parts), True
     return Slopes(
-        argument=argument,
-        direction=taken,
+        argument=samples.argument,
+        direction=samples.direction,
         value=mine.value,
         bar=bar,
         low=low,
         high=high,
-        natural=size,
+        natural=samples.natural,
         kink=kink,
-        one_sided=bool(torch.as_tensor(found.side).any()),
+        one_sided=bool(found.side.any()),
         evaluations=found.evaluations,
         parts=parts,
+        refused=samples.refused,
     )
 
 
@@ -115,7 +167,7 @@ def _part(found: LineEstimate, which: slice) -> LineEstimate:
         low=found.low[which],
         high=found.high[which],
         kink=found.kink[which],
-        side=found.side if not isinstance(found.side, Tensor) else found.side[which],
+        side=found.side[which],
         evaluations=found.evaluations,
     )
 
