@@ -5,7 +5,10 @@ import itertools
 import pytest
 import torch
 
+from gradcheck_cli.backends import load_backend
 from gradcheck_cli.checks.setup import FUNCTION_NAMES
+from gradcheck_cli.checks.subject import Subject
+from gradcheck_cli.problem import available_options, user_code
 from gradcheck_cli.results import CheckResult, Verdict
 from tests.battery import DTYPES, VALUES, problem_of, run, scores
 from tests.benchmarks.planted import deviation, in_double, problem_for, verdict_of
@@ -168,3 +171,40 @@ def test_long_rows_that_are_summed_in_lanes_are_not_accused(n: int, values: str)
     for dtype, function in itertools.product((torch.float32, torch.bfloat16), ("softmax", "log_softmax")):
         results = run(problem_of(scores(values, (n,), dtype), function), methods=wanted, exhaustive=False, probes=4)
         assert accused(results) == []
+
+
+def textbook_softmax(x, axis=-1):
+    e = (x - x.amax(axis, keepdim=True)).exp()
+    return e / e.sum(axis, keepdim=True)
+
+
+def textbook_log_softmax(x, axis=-1):
+    z = x - x.amax(axis, keepdim=True)
+    return z - z.exp().sum(axis, keepdim=True).log()
+
+
+def textbook_logsumexp(x, axis=-1):
+    m = x.amax(axis, keepdim=True)
+    return (m + (x - m).exp().sum(axis, keepdim=True).log()).squeeze(axis)
+
+
+def textbook_cross_entropy(x, target, axis=-1):
+    return -textbook_log_softmax(x, axis).gather(axis, target[:, None]).mean()
+
+
+@pytest.mark.parametrize("n", [2, 7, 257, 2050])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", [textbook_softmax, textbook_log_softmax, textbook_logsumexp, textbook_cross_entropy])
+def test_a_shift_that_is_differentiated_as_well_is_no_mistake(impl, dtype, n):
+    """Autodiff of textbook code sends the sum of a line of J, all rounding, to the largest score.
+
+    In half precision its quotient s / Σ underflows on long rows, which is a mistake indeed.
+    """
+    if n > 1000 and torch.finfo(dtype).bits == 16:
+        return
+    name = impl.__name__.removeprefix("textbook_")
+    for values in ("normal", "tied", "large100"):
+        problem = problem_of(scores(values, (3, n), dtype, seed=n), name)
+        code = user_code(impl, label=name, available=available_options(problem))
+        subject = Subject(backend=load_backend("torch"), impl=code)
+        assert accused(run(problem, methods=(), subject=subject)) == [], values

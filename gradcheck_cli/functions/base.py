@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.functions.double_double import DoubleDouble
-from gradcheck_cli.functions.reference import JacobianReference, Rounding
+from gradcheck_cli.functions.reference import ROUNDING_SAFETY, JacobianReference, Rounding
 from gradcheck_cli.functions.rows import RowLayout
 
 Array = npt.NDArray[Any]
@@ -135,6 +135,14 @@ class ExactSoftmax:
         """
         lanes = (self.length // 128) * min(1.0, 2.0**-24 / rounding.unit)
         return 4 + math.log2(self.length) + lanes
+
+    def shift_error(self, rounding: Rounding) -> Tensor:
+        """What a shift by the maximum that is differentiated as well leaves at the largest scores, [rows, n].
+
+        The shift cancels, so its derivative is minus the sum of a whole line of J, zero but for rounding. Plain code
+        that does not detach the maximum adds that to the largest score's gradient: c u times the size of the line.
+        """
+        return (self.gap == 0).to(self.gap.dtype) * (ROUNDING_SAFETY * rounding.unit * self.summands(rounding))
 
     @property
     def log_sum_exp(self) -> DoubleDouble:

@@ -148,6 +148,7 @@ class CrossEntropy(RowFunction):
             grown = growth(unit * (summands + exact.gap + exact.input_error))
             lost = layout.length * rounding.smallest / 2  # smoothing below the smallest subnormal, n times
             width = exact.s.hi * (grown * total.hi.abs() + lost) + unit * summands * mass.hi.abs()
+            width = width + exact.shift_error(rounding) * (total.hi.abs() + mass.hi.abs().sum(-1, keepdim=True))
             size = loss.abs_terms + (mass.hi.abs() * exact.gap).sum(-1, keepdim=True)
             floor = floor_of(rounding, self.temperature)
             size = size + total.hi.abs() * (1 + exact.input_error.amax(-1, keepdim=True))

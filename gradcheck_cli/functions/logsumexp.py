@@ -63,7 +63,7 @@ class LogSumExp(RowFunction):
             floor = floor_of(rounding, self.temperature)
             return JacobianBound(
                 left=one.hi[..., None] / self.temperature,
-                right=(exact.s.hi * grown)[:, None, :],
+                right=(exact.s.hi * grown + exact.shift_error(rounding))[:, None, :],
                 diagonal=None,
                 value=unit * (exact.summands(rounding) + 2 * value.hi.abs() + spread) + floor,
                 floor=floor,

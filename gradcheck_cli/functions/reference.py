@@ -42,7 +42,7 @@ class JacobianBound:
     """The largest error that rounding in one dtype explains, entry by entry.
 
     bound[b, i, j] = Σ_k left[b, i, k] · right[b, k, j] + δ_ij · diagonal[b, i] + floor, with safety included.
-    Shapes: left [blocks, outputs, 2], right [blocks, 2, inputs], diagonal [blocks, inputs] or None,
+    Shapes: left [blocks, outputs, k], right [blocks, k, inputs], diagonal [blocks, inputs] or None,
     value [blocks, outputs]. `half_floor` is half the smallest subnormal.
     """
 

@@ -89,8 +89,8 @@ class Softmax(RowFunction):
             s, grown = exact.s.hi, growth(exponent)
             floor = floor_of(rounding, self.temperature)
             return JacobianBound(
-                left=torch.stack([s * grown, s * (1 + grown)], dim=-1) / self.temperature,
-                right=torch.stack([s, s * grown], dim=-2),
+                left=torch.stack([s * grown, s * (1 + grown), s], dim=-1) / self.temperature,
+                right=torch.stack([s, s * grown, exact.shift_error(rounding)], dim=-2),
                 diagonal=s * growth(2 * exponent) / self.temperature,
                 value=s * growth(ROUNDING_SAFETY * rounding.unit * (exact.summands(rounding) + gap)) + floor,
                 floor=floor,
@@ -153,7 +153,7 @@ class LogSoftmax(RowFunction):
             extra = exact.scaled.hi.abs() * 2 if self.temperature != 1 else 0.0
             return JacobianBound(
                 left=one[..., None] / self.temperature,
-                right=(exact.s.hi * grown)[:, None, :],
+                right=(exact.s.hi * grown + exact.shift_error(rounding))[:, None, :],
                 diagonal=one * (unit * exact.summands(rounding) / self.temperature),
                 value=unit * (size + exact.input_error + extra) + floor,
                 floor=floor,
