@@ -17,7 +17,7 @@ class JacobianDescribe:
     """Commands and programs for cases of one function.
 
     `words` are the options that every command needs (--impl, --backend …), `stress_words` those of the lattice
-    itself (--axis, --dtype …), `own` the code's name if there is code of the user.
+    itself (--axis, --dtype …), `program` writes the Python programs.
     """
 
     words: tuple[str, ...]

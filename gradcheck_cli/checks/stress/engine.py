@@ -25,6 +25,8 @@ from gradcheck_cli.verdict.stream import SMALL_ARRAY, Lines, one_thread_per_kern
 _EVERY_ENTRY_UP_TO = 9
 """Outputs up to which every entry is checked; beyond it random directions see every entry at once."""
 _PROBES = 4
+_DIFFERENCES = 2
+"""Directions of a NumPy function, each of which costs a ladder of 48 evaluations; its value is checked anyway."""
 _EXPLAINED_UP_TO = 64
 _SMALLEST_FACTOR = 1e-150
 """Its square and its inverse are normal numbers, as a fit of known mistakes to the answers needs."""
@@ -165,8 +167,9 @@ class JacobianEngine:
         special = special or case.upstream_memory is Memory.EXPANDED
         if special and not candidate.by_column and candidate.operator is not None:
             return self._special(case, problem, reference, candidate)
-        every = reference.outputs <= _EVERY_ENTRY_UP_TO
-        coverage = Coverage(exhaustive=every, probes=_PROBES, resolution=self.resolution)
+        every = reference.outputs <= _EVERY_ENTRY_UP_TO and not candidate.by_column
+        probes = _DIFFERENCES if candidate.by_column else _PROBES
+        coverage = Coverage(exhaustive=every, probes=probes, resolution=self.resolution)
         result = CandidateCheck(problem, reference, candidate, _silent).run(coverage)
         if result.verdict is Verdict.FAIL and _explicable(reference):
             return replace(result, diagnosis=explain_failure(problem, reference, candidate, result, rebuild=None))
