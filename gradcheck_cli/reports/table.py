@@ -22,6 +22,8 @@ from gradcheck_cli.results import CheckResult, Report, Verdict
 
 _MOST_EXPLAINED = 20
 _MOST_METHODS = 8
+_MOST_KINDS = 4
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
 _SMALLEST_WIDTH = 40
 _INDENT = 4
 _WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"\\])+""", re.DOTALL)
@@ -107,6 +109,9 @@ def _explanations(results: Sequence[CheckResult], verdict: Verdict, look: Look) 
     rows = [row for row in results if row.verdict is verdict]
     if not rows:
         return []
+    if verdict is Verdict.SKIPPED:
+        alone = [row for row in rows if not row.group]
+        return [*(_reasons(alone, look) if alone else []), *_skipped_cases([row for row in rows if row.group], look)]
     if verdict is not Verdict.FAIL:
         return _reasons(rows, look)
     told = [row for row in rows if not row.group or row.reason is not None]
@@ -158,6 +163,23 @@ def _reasons(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:
         parts.append(_label(rows[0].verdict, several([describe(row) for row in members]), look))
         parts.append(_indented(_text(reason, look, style)))
         parts += _rerun(members[0], look)
+    return parts
+
+
+def _skipped_cases(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:
+    """Skipped cases of a lattice in a line for each kind of reason: reasons that differ in a number are one kind."""
+    kinds: dict[str, list[CheckResult]] = {}
+    for row in rows:
+        kinds.setdefault(_NUMBER.sub("#", row.reason or "no reason given"), []).append(row)
+    most = sorted(kinds.values(), key=len, reverse=True)
+    parts: list[RenderableType] = []
+    for members in most[:_MOST_KINDS]:
+        names = several([f"{row.group}: {row.name}" for row in members])
+        parts.append(_label(Verdict.SKIPPED, names, look))
+        parts.append(_indented(_text(members[0].reason or "no reason given", look, "dim")))
+    if len(most) > _MOST_KINDS:
+        rest = sum(len(members) for members in most[_MOST_KINDS:])
+        parts.append(_text(f"… and {rest:,} more skipped cases; `-f json` has every reason", look, "dim"))
     return parts
 
 

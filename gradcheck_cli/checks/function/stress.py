@@ -55,12 +55,12 @@ class FunctionStress:
         """
         planned = list(lattice(shapes, dtypes=dtypes, seed=seed))
         planned = planned if around else planned[:1]
-        rows = list(self._plain(planned[0]))
+        rows = list(self.plain(planned[0]))
         plainly_wrong = any(row.verdict is Verdict.FAIL for row in rows)
         told: set[str] = set()
         for done, case in enumerate(planned[1:]):
             self._advance(done, len(planned), f"{case.group}: {case.name}")
-            row = self._row(case)
+            row = self.row(case)
             if row.verdict is Verdict.FAIL and not plainly_wrong and case.group not in told:
                 told.add(case.group)
                 row = self._reduced(case, row)
@@ -69,7 +69,7 @@ class FunctionStress:
             rows.append(row)
         return _judged_by_group(rows)
 
-    def _plain(self, case: StressCase) -> Iterator[CheckResult]:
+    def plain(self, case: StressCase) -> Iterator[CheckResult]:
         """Every check at the plain case; raises where the code does not run there."""
         inputs = inputs_of(case)
         reduced = False
@@ -92,7 +92,7 @@ class FunctionStress:
         )
         return list(FunctionCheck(self._target.build(inputs), plan).results())
 
-    def _row(self, case: StressCase) -> CheckResult:
+    def row(self, case: StressCase) -> CheckResult:
         """The row that decides, or why the code would not run on the case."""
         try:
             found = self._check(case, inputs_of(case), laws=False)
