@@ -1,5 +1,6 @@
 """Derivatives along a line by differences, for functions with kinks, jumps, domain edges and hidden rounding."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,8 +114,9 @@ def estimated(lines: Sequence[LineValues], *, eps: float) -> list[LineEstimate]:
             found[place] = _unknown(line)
     for steps, places in alike.items():
         columns = _joined([lines[place] for place in places], steps, eps)
-        sizes = [lines[place].centre.numel() for place in places]
-        for place, own in zip(places, zip(*(column.split(sizes) for column in columns), strict=True), strict=True):
+        ends = [0, *itertools.accumulate(lines[place].centre.numel() for place in places)]
+        for place, start, end in zip(places, ends, ends[1:], strict=False):
+            own = [column[start:end] for column in columns]
             value, bar, low, high, kink, side = (column.reshape(lines[place].shape) for column in own)
             found[place] = LineEstimate(
                 value=value,

@@ -13,7 +13,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcheck_cli.program.kernels import Rounding, gradient_sums, growth, inner_scale, inner_unit, rounding, sum_length
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.kernels import (
+    COORDINATE_ULPS,
+    Rounding,
+    coordinates,
+    gradient_sums,
+    growth,
+    inner_scale,
+    inner_unit,
+    largest_entries,
+    numbers,
+    rounding,
+    sum_length,
+)
 from gradcheck_cli.program.twin import Float64Twin
 
 SAFETY = 4.0
@@ -58,15 +71,22 @@ def measured_spread(
     run() is called samples + 1 times and returns the same number of floating tensors each time: values, gradients,
     computed in float64. Each operation's results are multiplied by 1 + unit·ξ, ξ uniform in [−1, 1] per entry, and
     the operands of those that add up inside by 1 + accumulator·ξ (kernels.py says which and how much more for long
-    sums; below float32 torch accumulates in float32). What only moves, selects or compares is left alone. Every run
-    starts from the same seeded random state, which is restored afterwards. `keep_float64` also runs it in the
+    sums; below float32 torch accumulates in float32). Results below the normal numbers of a dtype narrower than
+    float64 get an absolute error of its smallest subnormal. What only moves, selects or compares is left alone. Every
+    run starts from the same seeded random state, which is restored afterwards. `keep_float64` also runs it in the
     float64 twin of a program that is natively `native`.
 
     Errors: whatever the unperturbed run raises.
     Source: Monte Carlo arithmetic (Parker 1997), as in Verificarlo and CADNA, at the level of operators.
     """
     scale = max(1.0, MEASURING_UNIT / unit)
-    perturbed_by = _Samples(run=run, unit=unit * scale, seed=seed, twin=native if keep_float64 else None)
+    perturbed_by = _Samples(
+        run=run,
+        unit=unit * scale,
+        subnormal=_subnormal(unit) if scale == 1.0 else 0.0,
+        seed=seed,
+        twin=native if keep_float64 else None,
+    )
     values = tuple(value.detach().clone() for value in perturbed_by.plain())
     squares = [torch.zeros_like(value.detach().abs(), dtype=torch.float64) for value in values]
     results_only, taken = False, 0
@@ -149,6 +169,7 @@ class _Samples:
 
     run: Callable[[], Sequence[Tensor]]
     unit: float
+    subnormal: float
     seed: int
     twin: torch.dtype | None
 
@@ -158,11 +179,11 @@ class _Samples:
 
     def sample(self, number: int, *, operands: bool) -> Sequence[Tensor] | None:
         """One perturbed run; None if it raised, as at the edge of a domain it may."""
-        noise = _Noise(seed=self.seed * 1_000_003 + number + 1)
+        noise = _Noise(seed=self.seed * 1_000_003 + number + 1, subnormal=self.subnormal, unit=self.unit)
         try:
             with self._twin(), _same_random_state(self.seed), _Perturbed(self.unit, noise, operands=operands):
                 return tuple(self.run())
-        except (RuntimeError, ValueError, ArithmeticError):  # linalg's errors are RuntimeErrors
+        except (SoftcheckError, RuntimeError, ValueError, ArithmeticError):  # linalg's errors are RuntimeErrors
             return None
 
     def _twin(self) -> contextlib.AbstractContextManager[object]:
@@ -186,10 +207,15 @@ def _same_random_state(seed: int) -> Iterator[None]:
 
 
 class _Noise:
-    """Own generators, one per device, apart from the program's."""
+    """Own generators, one per device, apart from the program's.
 
-    def __init__(self, *, seed: int) -> None:
+    `subnormal` is the smallest number of the dtype whose rounding is played; results below its normal ones, and those
+    that underflow, carry an absolute error of that size.
+    """
+
+    def __init__(self, *, seed: int, subnormal: float, unit: float) -> None:
         self._seed = seed
+        self._subnormal, self._normal = subnormal, subnormal / (2 * unit)
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def scaled(self, value: Tensor, unit: float) -> Tensor:
@@ -198,12 +224,21 @@ class _Noise:
             return torch.view_as_complex(self.scaled(torch.view_as_real(value.resolve_conj()), unit))
         return value * self._factor(value, unit)
 
+    def added(self, value: Tensor, size: Tensor, unit: float) -> Tensor:
+        """value + size ⊙ unit·ξ."""
+        ones = torch.ones_like(value)
+        return value + size * self.scaled(ones, unit).sub_(ones)
+
     def scale_in_place(self, value: Tensor, unit: float) -> None:
         """The same, into the value's own memory."""
         if value.is_complex():
             value.copy_(self.scaled(value, unit))
-        else:
-            value.mul_(self._factor(value, unit))
+            return
+        if self._subnormal:
+            small = (value.abs() < self._normal) & (value != 0)
+            if bool(small.any()):
+                value.add_(small * (self._factor(value, 0.5) - 1), alpha=2 * self._subnormal)
+        value.mul_(self._factor(value, unit))
 
     def _factor(self, value: Tensor, unit: float) -> Tensor:
         if value.device not in self._generators:
@@ -246,15 +281,20 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         written = _written(func, args, kwargs)
         if kind is Rounding.RESULT or not self._operands:
             result = func(*args, **kwargs)
-            self._rounded(written or result, self._unit)
+            self._rounded(written or numbers(func, result), self._unit)
             return result
         inner = inner_unit(func, args, kind, self._unit)
         scale = inner_scale(func, args)
         operand_growth, result_growth = growth(kind, length)
-        result = func(*self._with_noise(args, written, inner * operand_growth), **kwargs)
+        place = coordinates(func)
+        args = self._with_noise(args, written, inner * operand_growth, by_norm=kind is Rounding.DECOMPOSITION)
+        if place is not None:
+            moved = self._noise.added(args[place], 1 + args[place].abs(), COORDINATE_ULPS * self._unit)
+            args = (*args[:place], moved, *args[place + 1 :])
+        result = func(*args, **kwargs)
         if scale is not None and isinstance(result, Tensor):
             result.add_(self._noise.scaled(scale, 1.0).sub_(scale), alpha=self._unit)
-        self._rounded(written or result, math.hypot(self._unit, inner * result_growth))
+        self._rounded(written or numbers(func, result), math.hypot(self._unit, inner * result_growth))
         return result
 
     def _by_output(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -273,15 +313,25 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
                 self._noise.scale_in_place(value, unit)
         return result
 
-    def _with_noise(self, args: tuple[Any, ...], written: list[Tensor], unit: float) -> Any:
+    def _with_noise(self, args: tuple[Any, ...], written: list[Tensor], unit: float, *, by_norm: bool) -> Any:
         kept = {id(value) for value in written}
-        return pytree.tree_map(
-            lambda leaf: self._noise.scaled(leaf, unit) if _is_floating(leaf) and id(leaf) not in kept else leaf, args
-        )
+
+        def one(leaf: Any) -> Any:
+            if not _is_floating(leaf) or id(leaf) in kept:
+                return leaf
+            return self._noise.added(leaf, largest_entries(leaf), unit) if by_norm else self._noise.scaled(leaf, unit)
+
+        return pytree.tree_map(one, args)
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and value.numel() > 0
+    """Whether there are numbers to perturb: torch's zero tensors (derivatives known to vanish) have no memory.
+
+    Nor have the meta tensors on which it works out their shapes.
+    """
+    if not isinstance(value, Tensor) or value._is_zerotensor() or value.is_meta or not value.numel():
+        return False
+    return value.is_floating_point() or value.is_complex()
 
 
 def _is_view(func: Any) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _TORCH = str(Path(torch.__file__).parent)
+_DISCRETE = frozenset(["bernoulli", "poisson", "binomial"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,10 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         like = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
         if like and func.__name__.split(".")[0].endswith("_like") and kwargs.get("dtype") is None:
             kwargs = {**kwargs, "dtype": self._native}
-        args = args if "_like" in func.__name__ else pytree.tree_map(_widened, args)
+        if func._overloadpacket.__name__ in _DISCRETE:  # 0 or 1, a count: which of them depends on the bits drawn
+            args = pytree.tree_map(self._narrowed, args)
+        elif "_like" not in func.__name__:
+            args = pytree.tree_map(_widened, args)
         with _default_dtype(self._native if self._native != torch.float64 else torch.get_default_dtype()):
             return pytree.tree_map(_widened, func(*args, **kwargs))
 
@@ -91,6 +96,10 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         func(drawn, *args[1:], **kwargs)
         return target.copy_(drawn)
 
+    def _narrowed(self, value: Any) -> Any:
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._native) if real else value
+
     @staticmethod
     def _replaced(value: Any, *, written: bool, name: str) -> Any:
         """An argument of the operator as the twin passes it on."""
@@ -101,8 +110,52 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         return False if name == "half_to_float" else value
 
 
-def find_downcasts(run: Callable[[], object]) -> tuple[Downcast, ...]:
-    """The operators in run(), forward and backward, that narrow a floating operand; nothing is changed.
+@contextlib.contextmanager
+def wide_everywhere(*, native: torch.dtype) -> Iterator[Float64Twin]:
+    """The twin for functions that compare dtypes before any operator runs: every call gets wide tensors only.
+
+    Tensors that the function holds itself (running statistics, a weight from outside) take part as one wide copy
+    each, which is also what is written in place and forgotten afterwards.
+    """
+    with Float64Twin(native=native) as twin, _WideArguments():
+        yield twin
+
+
+class _WideArguments(TorchFunctionMode):
+    """Replaces narrow floating tensors in the arguments of torch's functions by wide copies, always the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the narrow one is held, so that its id stays its own
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function on wide tensors."""
+        args, kwargs = pytree.tree_map(self._copy, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _copy(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        with torch._C.DisableTorchFunction():
+            if value.dtype == wide(value.dtype):
+                return value
+            if id(value) not in self._copies:
+                self._copies[id(value)] = (value, value.to(wide(value.dtype)))
+            return self._copies[id(value)][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What a run did that matters for its twin: where it narrowed, and whether it drew random numbers at all."""
+
+    downcasts: tuple[Downcast, ...]
+    draws: bool
+
+
+def observe(run: Callable[[], object]) -> Observed:
+    """The operators in run(), forward and backward, that narrow a floating operand or draw; nothing is changed.
 
     A cast of a wide tensor, a `dtype=` narrower than the operand, and a write of a wide tensor into a narrow one
     count; making a narrow tensor from nothing (zeros, arange) does not.
@@ -110,7 +163,12 @@ def find_downcasts(run: Callable[[], object]) -> tuple[Downcast, ...]:
     watch = _Watch()
     with watch:
         run()
-    return watch.log.downcasts
+    return Observed(downcasts=watch.log.downcasts, draws=watch.draws)
+
+
+def find_downcasts(run: Callable[[], object]) -> tuple[Downcast, ...]:
+    """The operators in run() that narrow a floating operand."""
+    return observe(run).downcasts
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -131,11 +189,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.log = _Log()
+        self.draws = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.log.look(func, args, kwargs or {})
+        self.draws = self.draws or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 

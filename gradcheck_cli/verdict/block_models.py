@@ -98,6 +98,8 @@ def _hard(value: Tensor) -> bool:
         return False
     if bool((levels == levels.round()).all()):
         return True
+    if 1 < len(levels) <= value.numel() // FEW:
+        return True
     if len(levels) < FEW:
         return False
     span = float(levels[-1] - levels[0])
@@ -284,7 +286,7 @@ def _entrywise(block: Block) -> Iterator[Finding]:
 
 
 def line_factors(block: Block) -> Iterator[Finding]:
-    """Every row, or every column, is the right one times a factor of its own."""
+    """Every row, or every column, is the right one times a factor of its own: known only where the factor is."""
     if not block.shows_much:
         return
     for dim, what, values in ((1, "output", block.evidence.value), (0, "input", block.evidence.point)):
@@ -311,5 +313,5 @@ def line_factors(block: Block) -> Iterator[Finding]:
             yield Finding(code="wrong-contraction", text=text, detail=detail)
         else:
             text = f"the part of each {what} is the right one times a factor of its own, from {low:.6g} to {high:.6g}"
-            yield Finding(code="scale", text=text, detail=detail)
+            yield Finding(code="unrecognised", text=text, detail=detail)
         return

@@ -133,9 +133,17 @@ def _range(block: Block, bad: Tensor) -> list[str]:
         coordinates = block.column_coordinates if dim == 0 else block.row_coordinates
         places = [(coordinates[axis], size, f" along axis {axis}") for axis, size in enumerate(shape) if len(shape) > 1]
         for at, size, where in [*places[::-1], (positions, math.prod(shape), "")]:
+            if not where and places and _whole_slices(positions[bad.any(dim)], shape):
+                continue  # the same as the run along axis 0
             if text := _run(block, bad, at, size, dim):
                 return [f"only {what} {text}{where}"]
     return []
+
+
+def _whole_slices(positions: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether these flat positions fill every slice of the first axis that they touch."""
+    inner = math.prod(shape[1:])
+    return len(positions) == inner * len(distinct(positions // inner))
 
 
 def _run(block: Block, bad: Tensor, at: Tensor, size: int, dim: int) -> str:

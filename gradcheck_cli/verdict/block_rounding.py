@@ -11,6 +11,8 @@ from gradcheck_cli.verdict.block import FEW, Block, Finding, distinct
 NARROWER = {"float32": 2.0**-24, "tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 NOISE_MOST = 16.0
 """Units of the narrower roundoff that noise may reach relative to an entry (or to 1/64 of its row's largest)."""
+EXACT_MOST = 256.0
+"""The same where all that came back are numbers of the narrower dtype, which leaves cancellation eight bits."""
 NOISE_LEAST = 1 / 32
 """Units of the narrower roundoff that the typical noise reaches: rounding once gives 1/2 at most, 1/4 typically."""
 DECIMALS = 10
@@ -60,11 +62,12 @@ def noise(block: Block) -> Iterator[Finding]:
     relative = (block.error.abs() / size)[bad]
     alike = abs(float((block.error * block.want).sum())) > 0.7 * float(block.error.norm() * block.want.norm())
     noisy = not alike and int(bad.sum()) >= 4 * FEW and _grows(block.error.abs()[bad], block.want.abs()[bad])
+    noisy = noisy and _is_balanced(block.error[bad]) and _is_balanced((block.error * block.want)[bad])
     typical, largest = float(relative.median()), float(relative.max())
     fitting = [
         name
         for name, unit in _narrower(block).items()
-        if NOISE_LEAST * unit <= typical <= 2 * unit and largest <= NOISE_MOST * unit
+        if NOISE_LEAST * unit <= typical <= 2 * unit and largest <= (EXACT_MOST if name in exact else NOISE_MOST) * unit
     ]
     names = [name for name in fitting if name in exact] or (fitting if noisy else [])
     if names:
@@ -78,6 +81,11 @@ def _grows(error: Tensor, size: Tensor) -> bool:
     ranks = torch.stack([error.argsort().argsort(), size.argsort().argsort()]).double()
     first, second = ranks - ranks.mean(1, keepdim=True)
     return float((first * second).sum()) > max(0.3, 3 / math.sqrt(len(size))) * float(first.norm() * second.norm())
+
+
+def _is_balanced(error: Tensor) -> bool:
+    """Whether positive and negative errors are about as many, as in noise: within three standard deviations."""
+    return abs(float(error.sign().sum())) <= 3 * math.sqrt(len(error))
 
 
 def _narrower(block: Block) -> Mapping[str, float]:

@@ -163,7 +163,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         found = [_unrecognised(case, "the error is too close to rounding to be recognised")]
     found = found or _explanations(case) or [*_masked(case)] or [*_other_target(case)]
     found = found or [*_confined(case)]
-    found = found or [*_narrower(case), *_recovered_point(case)] or [*_regressed(case)]
+    found = found or _unlisted(case)
     return _report(case, found or [_unrecognised(case, "no known mistake explains the error")])
 
 
@@ -639,6 +639,38 @@ def _others_would_show(case: _Case, bad: Tensor, inside: Tensor) -> bool:
     return bool(visible[(~inside).expand_as(visible)].double().mean() >= 0.5)
 
 
+def _unlisted(case: _Case) -> list[_Finding]:
+    """What no table lists: noise of a narrower dtype, another softmax, or known terms with other coefficients.
+
+    Terms that explain every entry are no noise, however small the error is.
+    """
+    noise, point = [*_narrower(case)], [*_recovered_point(case)]
+    if point and not noise:
+        return point
+    return [*_regressed(case)] or [*_mixture(case)] or noise + point
+
+
+def _mixture(case: _Case) -> Iterator[_Finding]:
+    """The right gradient with a share of a known wrong one mixed in."""
+    if math.isnan(case.scale) or case.offset is not None or case.got.numel() < 8:
+        return
+    right, function = RIGHT[case.evidence.function], case.evidence.function
+    sample = _sampled(case)
+    for formula in FORMULAS[function]:
+        if formula.zero or not _mixed(sample, right, formula) or not (shares := _mixed(case, right, formula)):
+            continue
+        text = f"the gradient is {shares[0]:.9g} of the right one and {shares[1]:.9g} of a wrong one, {formula.rule}"
+        detail: dict[str, str | float] = {"formula": formula.rule, "share": shares[1], "like": formula.code}
+        yield _Finding(code="wrong-contraction", text=text, detail=detail)
+        return
+
+
+def _mixed(case: _Case, right: Formula, wrong: Formula) -> list[float]:
+    """The coefficients with which two formulas explain every entry together; none if they do not."""
+    models = [_model(case, right), _model(case, wrong)]
+    return _combination(case, [m.value for m in models], [m.rounding for m in models])
+
+
 def _narrower(case: _Case) -> Iterator[_Finding]:
     """The error is noise, of the size of rounding in narrower dtypes than the one under test."""
     own = _UNIT_ROUNDOFF.get(case.evidence.dtype)
@@ -681,7 +713,7 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
         small = 2 * diagonal / (1 + root)
         points = [(s, 1 / root) for s in (small, torch.where(largest, (1 + root) / 2, small))]
     for s, growth in points:
-        if bool((s < 0).any()):
+        if bool((s < 0).any()) or (function == "log_softmax" and _is_multiple(s, case.s)):
             continue
         model = _model(case.at(s), RIGHT[function])
         allowed = (case.bound + model.rounding) / case.scale
@@ -695,6 +727,12 @@ def _recovered_point(case: _Case) -> Iterator[_Finding]:
             text = f"the formula is right but uses another softmax (stale?), with sum {total:.9g}"
             yield _Finding(code="wrong-point", text=text, detail={"sum": total, "largest_change": change})
             return
+
+
+def _is_multiple(s: Tensor, right: Tensor) -> bool:
+    """Whether one is the other times a factor, which is a wrong coefficient rather than another softmax."""
+    factor = float((s * right).sum() / (right * right).sum())
+    return bool(((s - factor * right).abs() <= 1e-2 * abs(factor - 1) * right).all())
 
 
 def _regressed(case: _Case) -> Iterator[_Finding]:
@@ -718,8 +756,13 @@ def _regressed(case: _Case) -> Iterator[_Finding]:
 
 def _least_squares(case: _Case, names: tuple[str, ...]) -> list[float]:
     """The coefficients with which these terms explain every entry; none if they do not."""
-    terms = torch.stack([case.scale * TERMS[name](case).expand_as(case.got) for name in names])
-    size = FIT_MULTIPLE * case.roundoff * terms.abs()
+    terms = [case.scale * TERMS[name](case).expand_as(case.got) for name in names]
+    return _combination(case, terms, [FIT_MULTIPLE * case.roundoff * term.abs() for term in terms])
+
+
+def _combination(case: _Case, values: list[Tensor], roundings: list[Tensor]) -> list[float]:
+    """The coefficients with which these matrices explain every entry; none if they do not."""
+    terms, size = torch.stack(values), torch.stack(roundings)
     weight = _weight(case.bound + size.amax(dim=0))
     columns = (terms * weight).flatten(1).T
     norms = columns.norm(dim=0).clamp_min(1e-300)

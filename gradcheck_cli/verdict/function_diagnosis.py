@@ -18,11 +18,16 @@ from gradcheck_cli.verdict.block_rounding import noise, stored_digits
 __all__ = [
     "BlockEvidence",
     "diagnose_block",
+    "diagnose_upstreams",
     "forward_diagnosis",
     "layout_diagnosis",
     "second_order_diagnosis",
     "stateful_diagnosis",
 ]
+
+
+NO_MISTAKE = "every entry of this block is right"
+"""What is said of a block without a mistake."""
 
 
 def diagnose_block(evidence: BlockEvidence) -> Diagnosis:
@@ -37,6 +42,24 @@ def diagnose_block(evidence: BlockEvidence) -> Diagnosis:
         evidence = replace(evidence, arguments_right=())
     block = Block.of(evidence)
     return _report(block, _explain(block))
+
+
+def diagnose_upstreams(evidence: BlockEvidence) -> Diagnosis:
+    """The mistake in answers to random upstream gradients: rounding to few digits or to a narrower dtype.
+
+    The rows are upstream gradients, not outputs. For a Jacobian that is right for every single output, so what is
+    wrong is not linear in the upstream; "unrecognised" says so.
+    """
+    block = Block.of(evidence)
+    found = [*not_finite(block)] or [*stored_digits(block)] or [*noise(block)]
+    if not found:
+        count, total = int(block.bad.sum()), int(block.known.sum())
+        text = "the gradient is right for an upstream at any single output"
+        text += f" and wrong for mixed ones ({count} of {total} entries): it is not linear in the upstream"
+        if not count:
+            text = f"{NO_MISTAKE}, so the mistake is elsewhere"
+        found = [Finding(code="unrecognised", text=text, detail={"wrong_entries": float(count)})]
+    return _report(block, found)
 
 
 def _explain(block: Block) -> list[Finding]:
@@ -75,7 +98,7 @@ def _no_mistake(block: Block) -> Finding:
     if zero is not None and bool((zero != 0).any()):
         text = "the gradient is right but for a constant that comes back even for a zero upstream"
         return Finding(code="unrecognised", text=text, detail={"zero_response": float(zero.abs().max())})
-    return Finding(code="unrecognised", text="every entry of this block is right, so the mistake is elsewhere")
+    return Finding(code="unrecognised", text=f"{NO_MISTAKE}, so the mistake is elsewhere")
 
 
 def _unrecognised(block: Block) -> Finding:
@@ -148,7 +171,8 @@ def layout_diagnosis(*, layout: str, what: str = "input", raised: str = "") -> D
 
     `layout` says which ("transposed", "every second column", "expanded" …) and `what` whose ("input", "upstream").
     """
-    text = f"The gradient is right for contiguous memory and wrong for the same numbers as a {layout} {what}"
+    article = "an" if layout[:1] in "aeiou" else "a"
+    text = f"The same numbers as {article} {layout} {what} bring back another gradient than in contiguous memory"
     ending = f" (it raised {raised})" if raised else ": memory is read in storage order, strides are ignored"
     return Diagnosis(code="layout", message=f"{text}{ending}.", detail={"layout": layout, "of": what})
 

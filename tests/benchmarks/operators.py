@@ -22,7 +22,7 @@ from gradcheck_cli.checks.function import FunctionCheck, FunctionPlan
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.build import make_program
 from gradcheck_cli.results import CheckResult, Verdict, worst_verdict
-from tests.operators import SPREAD, OperatorCase, operator_cases, operator_names
+from tests.operators import FOUND, FOUND_IN_SECOND_ORDER, SPREAD, TRIGAMMA, OperatorCase, operator_cases, operator_names
 
 TOLD = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR)
 TIMEOUT = "timeout"
@@ -44,7 +44,8 @@ class Task:
 class Outcome:
     """What became of one case: its worst verdict, or `timeout`, and the rows that tell why.
 
-    `known` says that PyTorch exempts the operator from its own test of every row that fails here.
+    `known` says that PyTorch exempts the operator from its own test of every row that fails here, or that its
+    derivative is known to be wrong (tests/operators.py says why).
     """
 
     label: str
@@ -72,14 +73,15 @@ def _outcome(case: OperatorCase, task: Task) -> Outcome:
             label=case.label, dtype=task.dtype, verdict=str(Verdict.SKIPPED), known=False, told=told, seconds=0.0
         )
     started = time.perf_counter()
-    verdict, known, told = "", case.known_issue, tuple[str, ...]()
+    verdict, known = "", case.known_issue or case.name in {*FOUND, *TRIGAMMA}
+    told = tuple[str, ...]()
     signal.alarm(task.limit)
     try:
         results = check(case, order=task.order if case.supports_second_order else 1)
         verdict = str(_worst(results))
         told = tuple(_row(result) for result in results if result.verdict in TOLD)
         failing = [result for result in results if result.verdict is Verdict.FAIL]
-        known = known or (case.known_forward_issue and bool(failing) and all(map(_is_forward_mode, failing)))
+        known = known or (bool(failing) and all(_is_exempt(case, result) for result in failing))
     except _TimeLimit:
         verdict, told = TIMEOUT, (f"more than {task.limit} s",)
     except SoftcheckError as problem:
@@ -96,6 +98,14 @@ def _worst(results: list[CheckResult]) -> Verdict:
     """The worst verdict; skipped only where nothing ran."""
     ran = [result.verdict for result in results if result.verdict is not Verdict.SKIPPED]
     return worst_verdict(ran) if ran else Verdict.SKIPPED
+
+
+def _is_exempt(case: OperatorCase, result: CheckResult) -> bool:
+    """Whether PyTorch exempts the operator from its own test of this derivative, or it is known to be wrong."""
+    if _is_forward_mode(result):
+        return case.known_forward_issue
+    known = case.known_second_order_issue or case.name in FOUND_IN_SECOND_ORDER
+    return known and result.method.startswith("Hessian")
 
 
 def _is_forward_mode(result: CheckResult) -> bool:

@@ -38,8 +38,8 @@ SHAPES = {
 LOSS_OPTIONS = {"weight", "reduction", "label_smoothing", "ignore_index"}
 
 
-def stress(function: Callable[..., object], family: str) -> Iterator[CheckResult]:
-    """The rows of `softcheck function --stress`, one after the other, without reduction."""
+def stress(function: Callable[..., object], family: str, *, order: int) -> Iterator[CheckResult]:
+    """The rows of `softcheck function --stress --order …`, one after the other, without reduction."""
     general = FunctionStress(
         StressTarget(
             build=lambda inputs: make_program(
@@ -47,7 +47,7 @@ def stress(function: Callable[..., object], family: str) -> Iterator[CheckResult
             ),
             rerun=lambda case: "",
             script=lambda case, inputs: None,
-            order=2,
+            order=order,
         ),
         lambda done, total, label: None,
     )
@@ -76,10 +76,10 @@ def stress(function: Callable[..., object], family: str) -> Iterator[CheckResult
         yield check_case(engine, family_case)
 
 
-def first_failure(function: Callable[..., object], family: str) -> CheckResult | None:
+def first_failure(function: Callable[..., object], family: str, *, order: int) -> CheckResult | None:
     """The first failing row, where possible one with a name."""
     failing = None
-    for row in stress(function, family):
+    for row in stress(function, family, order=order):
         if row.verdict is Verdict.FAIL:
             if row.diagnosis is not None and row.diagnosis.code != "unrecognised":
                 return row
@@ -105,7 +105,8 @@ def planted(family: str | None) -> None:
             continue
         started = time.perf_counter()
         try:
-            row = first_failure(fault.function, fault.family)
+            order = 2 if fault.check == "second order" else 1
+            row = first_failure(fault.function, fault.family, order=order)
         except Exception as problem:  # noqa: BLE001 - a fault that does not run at all is a finding about this table
             counted["error"] += 1
             print(f"ERROR    {fault.family}: {fault.name}: {problem}", flush=True)
@@ -127,7 +128,7 @@ def correct() -> None:
     """False alarms over the whole lattice."""
     families = {name: family for name in CORRECT_FUNCTIONS for family in SHAPES if name.endswith(family)}
     for name, family in families.items():
-        rows = list(stress(CORRECT_FUNCTIONS[name][0], family))
+        rows = list(stress(CORRECT_FUNCTIONS[name][0], family, order=1))
         accused = [f"{row.group}: {row.name} ({row.ratio})" for row in rows if row.verdict is Verdict.FAIL]
         counted = Counter(str(row.verdict) for row in rows)
         print(f"{name}: {dict(counted)} {accused}", flush=True)

@@ -29,7 +29,7 @@ ATTENTION = [
     fault(
         "dot product missing",
         "P3",
-        "missing-dot-product wrong-contraction unrecognised",
+        "missing-dot-product wrong-contraction partial-gradient unrecognised",
         "attention",
         AttentionRule(scores=lambda p, dp: p * dp),
     ),
@@ -50,7 +50,7 @@ ATTENTION = [
     fault(
         "dot product 1e-4 short",
         "P3",
-        "missing-dot-product wrong-contraction unrecognised",
+        "missing-dot-product wrong-contraction partial-gradient unrecognised",
         "attention",
         AttentionRule(scores=lambda p, dp: p * (dp - (1 - FAINT) * (p * dp).sum(-1, keepdim=True))),
         subtle=True,
@@ -127,13 +127,14 @@ def _sparse(divide: Callable[[Call, Tensor], Tensor]) -> Rule:
 
 
 SPARSE = [
-    fault("support forgotten", "P3", "identity", "sparsemax", lambda c, g: (g,)),
+    fault("support forgotten", "P3", "identity fused-loss", "sparsemax", lambda c, g: (g,)),
     fault(
         "threshold detached",
         "P7",
         "partial-gradient diagonal-only wrong-contraction",
         "sparsemax",
         _sparse(lambda c, g: torch.zeros_like(g)),
+        inputs=normal(3, 5, scale=0.3),
     ),
     fault(
         "mean over all entries",

@@ -58,7 +58,10 @@ class Outcome:
                 return Naming.WRONG
         if not named:
             return Naming.RIGHT if "unrecognised" in self.accepted and self.codes else Naming.UNRECOGNISED
-        single = any(one.code in self.accepted and set(more) <= set(self.accepted) for one, more in zip(named, others))
+        single = any(
+            one.code in self.accepted and set(more) <= set(self.accepted)
+            for one, more in zip(named, others, strict=True)
+        )
         return Naming.RIGHT if single else Naming.AMBIGUOUS
 
 
@@ -91,6 +94,8 @@ def varied_of(family: str) -> list[str]:
 def accusations(name: str, function: Function, inputs: Inputs, dtype: torch.dtype) -> list[CheckResult]:
     """The rows that do not pass for a correct function, second order included."""
     made = inputs(torch.Generator().manual_seed(0), dtype)
-    program = make_program(function, list(made), name=name, wrt=varied_of("cross_entropy" if "cross_entropy" in name else ""))
+    program = make_program(
+        function, list(made), name=name, wrt=varied_of("cross_entropy" if "cross_entropy" in name else "")
+    )
     good = (Verdict.PASS, Verdict.SKIPPED)
     return [one for one in FunctionCheck(program, FunctionPlan(order=2)).results() if one.verdict not in good]

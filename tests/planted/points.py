@@ -142,7 +142,7 @@ def _global_shift(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     return _no_shift(z - z.max(), dim)
 
 
-def _no_shift_log(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
+def no_shift_log(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     return _no_shift(x, dim, temperature).log()
 
 
@@ -167,10 +167,10 @@ def _wrong_answers(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tens
     return (x, torch.tensor([1, 2, 0, 3]))
 
 
-def _loud(inputs: Inputs, factor: float) -> Inputs:
-    return lambda generator, dtype: tuple(
-        one * factor if one.is_floating_point() else one for one in inputs(generator, dtype)
-    )
+def _far_query(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries of which the first of each head has scores beyond the exponential."""
+    q, k, v = heads()(generator, dtype)
+    return (q * torch.tensor([[5000.0], [1.0], [1.0]], dtype=dtype), k, v)
 
 
 def _sure_rows_dropped(c: Call, g: Tensor) -> Gradients:
@@ -202,8 +202,8 @@ LARGE = [
         "P10",
         "non-finite forward-wrong",
         "log_softmax",
-        forward=_no_shift_log,
-        inputs=normal(3, 5, scale=1000.0),
+        forward=no_shift_log,
+        inputs=_far_row,
         outside=normal(3, 5),
     ),
     fault(
@@ -213,7 +213,7 @@ LARGE = [
         "attention",
         AttentionRule(weights=lambda c: _no_shift(c.inputs[0] @ c.inputs[1].mT / math.sqrt(c.x.shape[-1]))),
         forward=_no_shift_attention,
-        inputs=_loud(heads(), 50.0),
+        inputs=_far_query,
         outside=heads(),
     ),
     fault(

@@ -166,18 +166,24 @@ _VANISHES = 1e-6
 """A derivative below this share of its natural size, and within its bound, is called zero."""
 
 
-def detectable(seen: Sequence[Seen]) -> tuple[float, list[int], int]:
+def detectable(seen: Sequence[Seen], *, known: float = 0.0) -> tuple[float, list[int], int]:
     """The smallest relative error that some comparison would have shown, for the argument seen worst.
 
     Also gives the arguments whose derivative is zero as far as can be seen, which have no relative error, and the
-    argument seen worst.
+    argument seen worst. Where the sizes are known (from float64, while the bounds are those of a narrow dtype), a
+    derivative is zero already if a wrong one of `known` times the natural size would have been seen.
     """
     found: list[tuple[float, int]] = []
     zeros: list[int] = []
     for argument in sorted({one.argument for one in seen}):
         mine = [one for one in seen if one.argument == argument]
-        best = min((one.bound / one.size if one.size > 0 else math.inf) for one in mine)
+        known_bounds = [one for one in mine if not math.isnan(one.bound)]
+        if not known_bounds:
+            return math.nan, [], argument
+        best = min((one.bound / one.size if one.size > 0 else math.inf) for one in known_bounds)
         sharp = any(one.bound <= _VANISHES * one.natural for one in mine) or all(one.natural == 0 for one in mine)
+        if known and all(one.size <= _VANISHES * one.natural for one in mine):
+            sharp = sharp or any(one.bound <= known * one.natural for one in mine)
         if best >= 1 and sharp:
             zeros.append(argument)
         else:

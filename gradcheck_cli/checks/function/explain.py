@@ -1,26 +1,38 @@
-"""Why a gradient is wrong: part of its Jacobian, recovered from the code and from a witness, and diagnosed."""
+"""Why a gradient is wrong: first whether it is the same every time and in every layout, then which mistake it is."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradcheck_cli.checks.function.compare import Miss
-from gradcheck_cli.checks.function.derivative import DerivativeChecks
-from gradcheck_cli.checks.function.family import family_diagnosis
-from gradcheck_cli.checks.function.slopes import size_of, unit_direction
+from gradcheck_cli.checks.function.compare import Miss, against_gradient
+from gradcheck_cli.checks.function.derivative import DerivativeChecks, Trusted
+from gradcheck_cli.checks.function.family import FamilyDiagnosis, family_diagnosis
+from gradcheck_cli.checks.function.forward_mode import tangents
+from gradcheck_cli.checks.function.gradients import Candidate, Gradient
+from gradcheck_cli.checks.function.recover import block_evidence, tolerance_at, upstream_evidence
+from gradcheck_cli.checks.function.slopes import unit_direction
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.stage import Stage
-from gradcheck_cli.results import Diagnosis
-from gradcheck_cli.verdict.block import BlockEvidence
-from gradcheck_cli.verdict.function_diagnosis import diagnose_block
+from gradcheck_cli.results import CheckResult, Diagnosis, Verdict
+from gradcheck_cli.verdict.function_diagnosis import (
+    NO_MISTAKE,
+    diagnose_block,
+    diagnose_upstreams,
+    layout_diagnosis,
+    stateful_diagnosis,
+)
 
-_ROWS = 64
-_COLUMNS = 128
-"""Size of the part of the Jacobian that is recovered: one backward a row, 48 values a column without a reference."""
-_DIFFERENCE_SAFETY = 2.0
+_OF_ROWS = frozenset({"masked-entries", "index-range", "batch-coupled", "wrong-axis", "upstream-ignored", "non-finite"})
+"""Names of the softmax family that say which rows are concerned, or concern all of them."""
+_VAGUE = frozenset({"low-precision", "wrong-point", "wrong-contraction"})
+"""Names of the softmax family that decimals of few digits may earn as well."""
+_CALLS = 3
+_FORWARD_ENTRIES = 128
+"""Inputs up to which the Jacobian is put together from forward mode: a call each."""
 
 
 def explain(checks: DerivativeChecks) -> Diagnosis | None:
@@ -29,163 +41,160 @@ def explain(checks: DerivativeChecks) -> Diagnosis | None:
         return None
     miss, stage = checks.failed
     try:
-        named = family_diagnosis(checks, stage)
-        if named is not None and named.code != "unrecognised":
-            return named
-        found = diagnose_block(_evidence(checks, miss, stage))
+        found = _unsteady(checks, miss, stage) or _by_memory(checks, miss, stage) or _by_formula(checks, miss, stage)
     except (SoftcheckError, RuntimeError, NotImplementedError):
         return None
+    return _with_hint(checks, found)
+
+
+def under_its_name(result: CheckResult, diagnosis: Diagnosis, allow: frozenset[str]) -> CheckResult:
+    """A failing row with its diagnosis; one that the user allows passes and says so."""
+    alternatives = str(diagnosis.detail.get("alternatives", ""))
+    allowed = [code for code in sorted(allow) if code == diagnosis.code or f"{code}:" in alternatives]
+    if not allowed:
+        return replace(result, diagnosis=diagnosis)
+    reason = f"allowed: {allowed[0]} ({diagnosis.message})"
+    return replace(result, diagnosis=diagnosis, verdict=Verdict.PASS, reason=reason)
+
+
+def explain_forward_mode(checks: DerivativeChecks, results: Iterator[CheckResult]) -> Iterator[CheckResult]:
+    """The rows of forward mode, the failing ones with the mistake in its Jacobian, or reverse mode's where both agree.
+
+    Where reverse mode is wrong in another way, nothing is known about forward mode.
+    """
+    rows = list(results)
+    failing = [row for row in rows if row.verdict is Verdict.FAIL]
+    found: Diagnosis | None = None
+    if failing and checks.failed is None:
+        found = _forward_mode(checks)
+    elif len(failing) == 1 and len(rows) > 1 and rows[0] is failing[0]:  # the dot-product test passed
+        found = checks.diagnosis(explain)
+    for row in rows:
+        named = found is not None and row.verdict is Verdict.FAIL and row.diagnosis is None
+        yield under_its_name(row, found, checks.plan.allow) if named and found else row
+
+
+def _unsteady(checks: DerivativeChecks, miss: Miss, stage: Stage) -> Diagnosis | None:
+    """Whether the same upstream gets another answer the next time, from a new call or through the same graph."""
+    source, w = checks.candidate.source, checks.setting.cotangents[miss.cotangent]
+    allowed = tolerance_at(checks, stage)[miss.cotangent]
+    first = source(stage, [w])[0]
+    fresh = [source(stage, [w])[0] for _ in range(_CALLS - 1)]
+    if (difference := _difference(fresh, first, allowed)) is not None:
+        return stateful_diagnosis(what="the gradient of the next one", difference=difference)
+    together = source(stage, [w] * _CALLS)
+    if (difference := _difference(together, first, allowed)) is not None:
+        return stateful_diagnosis(what="the next gradient through the same graph", difference=difference)
+    return None
+
+
+def _difference(got: Sequence[Gradient], expected: Gradient, allowed: Gradient) -> float | None:
+    """How far these gradients are from the expected one, where it is more than rounding."""
+    miss, _ = against_gradient(got, [expected] * len(got), [allowed] * len(got))
+    return miss.error if miss.ratio > 1 else None
+
+
+def _by_memory(checks: DerivativeChecks, miss: Miss, stage: Stage) -> Diagnosis | None:
+    """Whether the same numbers in contiguous memory give another gradient, the right one where that is known."""
+    strided = [value for value in stage.point if value.layout is torch.strided and not value.is_contiguous()]
+    if not strided:
+        return None
+    w = checks.setting.cotangents[miss.cotangent]
+    allowed = tolerance_at(checks, stage)[miss.cotangent]
+    dense = replace(stage, values=tuple(_contiguous(value) for value in stage.values))
+    source = checks.candidate.source
+    plain = source(dense, [w])[0]
+    if _difference([plain], source(stage, [w])[0], [2 * part for part in allowed]) is None:
+        return None
+    if checks.trusted is not None:
+        right = checks.trusted.gradients[miss.cotangent]
+        if _difference([plain], right, [2 * part for part in allowed]) is not None:
+            return None
+    return layout_diagnosis(layout=_layout_of(strided[0]))
+
+
+def _contiguous(value: Tensor) -> Tensor:
+    return value.clone(memory_format=torch.contiguous_format) if value.layout is torch.strided else value
+
+
+def _layout_of(value: Tensor) -> str:
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        return "expanded"
+    dense = value.transpose(-1, -2).is_contiguous() if value.dim() > 1 else False
+    return "transposed" if dense else "strided"
+
+
+def _by_formula(checks: DerivativeChecks, miss: Miss, stage: Stage) -> Diagnosis:
+    """The sharper of two dictionaries: the softmax family's for one row, and that of any block of a Jacobian."""
+    named = family_diagnosis(checks, stage)
+    if named is not None and not _leaves_doubt(named):
+        return named.diagnosis
+    found = diagnose_block(block_evidence(checks, miss, stage))
+    if named is not None:
+        return _sharper(named, found)
+    if found.code == "unrecognised":
+        evidence = upstream_evidence(checks, miss, stage)
+        other = None if evidence is None else diagnose_upstreams(evidence)
+        if other is not None and (other.code != "unrecognised" or NO_MISTAKE in found.message.lower()):
+            return other
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """Which outputs and which entries of one argument are recovered."""
-
-    argument: int
-    rows: Tensor
-    columns: Tensor
+def _leaves_doubt(named: FamilyDiagnosis) -> bool:
+    """Whether the block may know more: rows that are right beside a wrong one, or a vague name."""
+    partly = 0 < named.wrong_rows < named.rows and named.diagnosis.code not in _OF_ROWS
+    return partly or named.diagnosis.code in _VAGUE
 
 
-def _evidence(checks: DerivativeChecks, miss: Miss, stage: Stage) -> BlockEvidence:
-    setting = checks.setting
-    argument = max(miss.argument, 0)
-    values = setting.native_value
-    part = _Part(
-        argument=argument,
-        rows=_chosen(real_vector(values).numel(), _ROWS, None),
-        columns=_chosen(as_real(stage.point[argument]).numel(), _COLUMNS, miss.entry),
-    )
-    units = [setting.split(unit) for unit in _units(part.rows, real_vector(values))]
-    zero = checks.candidate.source(stage, [[torch.zeros_like(w) for w in units[0]]])[0]
-    rows = checks.candidate.source(stage, units)
-    offset = _columns(zero, part)
-    got = torch.stack([_columns(row, part) for row in rows]) - offset
-    expected, bound, low, high = _expected(checks, stage, units, part)
-    point = stage.point[argument]
-    names = setting.places()
-    wrong = _wrong_arguments(checks, stage) | {argument}
-    known = stage is not setting.native or setting.twin is None
-    return BlockEvidence(
-        got=got.cpu(),
-        expected=expected.cpu(),
-        bound=bound.cpu(),
-        low=None if low is None else low.cpu(),
-        high=None if high is None else high.cpu(),
-        rows=part.rows.cpu(),
-        columns=part.columns.cpu(),
-        input_shape=tuple(as_real(point).shape),
-        output_shape=_shape_of(values),
-        point=as_real(point).flatten().double()[part.columns].cpu(),
-        value=real_vector(values)[part.rows].cpu(),
-        zero_response=offset.cpu(),
-        factors=_factors(checks, stage),
-        elsewhere=_elsewhere(checks, units, part),
-        argument=names[argument],
-        arguments_right=tuple(name for position, name in enumerate(names) if known and position not in wrong),
-        arguments_wrong=tuple(names[position] for position in sorted(wrong) if position != argument),
-        dtype=str(setting.narrowest if stage is setting.native else torch.float64).removeprefix("torch."),
-        unit=setting.unit if stage is setting.native else 2.0**-53,
-    )
+def _sharper(named: FamilyDiagnosis, block: Diagnosis) -> Diagnosis:
+    """The family's name for a row, or the block's where that says which rows are wrong or which digits are kept."""
+    if block.code == "quantised" and named.diagnosis.code in _VAGUE:
+        return block
+    if block.code not in ("index-range", "masked-entries") or named.wrong_rows == named.rows:
+        return named.diagnosis
+    message = f"{block.message} There: {named.diagnosis.message[0].lower()}{named.diagnosis.message[1:]}"
+    return replace(block, message=message, detail={**block.detail, "there": named.diagnosis.code})
 
 
-def _chosen(size: int, most: int, near: int | None) -> Tensor:
-    """All positions, or half of them in a run around `near` and the others spread evenly."""
-    if size <= most:
-        return torch.arange(size)
-    start = 0 if near is None else min(max(near - most // 4, 0), size - most // 2)
-    run = torch.arange(start, start + most // 2)
-    spread = torch.linspace(0, size - 1, most // 2).round().long()
-    found: Tensor = torch.cat([run, spread]).unique()  # type: ignore[no-untyped-call]  # in torch
+def _with_hint(checks: DerivativeChecks, found: Diagnosis) -> Diagnosis:
+    """A missing gradient may be meant: an argument that is a constant, such as a target or class weights."""
+    if found.code != "zero-gradient" or len(checks.setting.places()) < 2:
+        return found
+    hint = "If it is a constant on purpose, name the other arguments with --wrt to leave it out."
+    return replace(found, message=f"{found.message} {hint}")
+
+
+def _forward_mode(checks: DerivativeChecks) -> Diagnosis | None:
+    """The mistake in forward mode's Jacobian, beside reverse mode that the differences have confirmed."""
+    confirmed = checks.confirmed_source()
+    sizes = [as_real(value).numel() for value in checks.stage.point]
+    complex_ = any(value.is_complex() for value in (*checks.stage.point, *checks.setting.native_value))
+    if confirmed is None or complex_ or sum(sizes) > _FORWARD_ENTRIES:
+        return None
+    source, stage = confirmed
+    other = copy.copy(checks)
+    gradients = source(stage, checks.setting.cotangents)
+    other.trusted = Trusted(gradients=gradients, reference=checks.candidate.method, source=source, stage=stage)
+    other.candidate = Candidate(method="forward mode", source=_from_tangents)
+    try:
+        got = _from_tangents(checks.stage, checks.setting.cotangents)
+        miss, _ = against_gradient(got, gradients, checks.tolerance)
+        return _by_formula(other, miss, checks.stage) if miss.ratio > 1 else None
+    except (SoftcheckError, RuntimeError, NotImplementedError):
+        return None
+
+
+def _from_tangents(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
+    """Jᵀ w from the columns of J that forward mode gives, one for each entry of the point."""
+    columns: list[Tensor] = []
+    for argument, value in enumerate(stage.point):
+        for entry in range(value.numel()):
+            direction = unit_direction(stage, argument, entry)
+            size = direction[argument].flatten()[entry]
+            columns.append(real_vector(tangents(stage, direction)) / size)
+    jacobian = torch.stack(columns, dim=1)
+    found: list[Gradient] = []
+    for w in cotangents:
+        parts = torch.split(real_vector(list(w)) @ jacobian, [value.numel() for value in stage.point])
+        found.append([part.reshape(value.shape) for part, value in zip(parts, stage.point, strict=True)])
     return found
-
-
-def _units(rows: Tensor, like: Tensor) -> list[Tensor]:
-    found = []
-    for row in rows.tolist():
-        unit = torch.zeros_like(like)
-        unit[row] = 1.0
-        found.append(unit)
-    return found
-
-
-def _columns(gradient: Sequence[Tensor], part: _Part) -> Tensor:
-    return as_real(gradient[part.argument]).to(torch.float64).flatten()[part.columns]
-
-
-def _shape_of(values: Sequence[Tensor]) -> tuple[int, ...]:
-    if len(values) == 1:
-        return tuple(as_real(values[0]).shape)
-    return (sum(as_real(value).numel() for value in values),)
-
-
-def _expected(
-    checks: DerivativeChecks, stage: Stage, units: Sequence[Sequence[Tensor]], part: _Part
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The true block: from the confirmed source, or from differences column by column."""
-    setting = checks.setting
-    trusted = checks.confirmed_source()
-    allowed = checks.tolerance if stage is setting.witness or setting.twin is None else checks.native_tolerance
-    widest = torch.stack([as_real_like(one[part.argument]) for one in allowed]).amax(0).flatten()[part.columns]
-    if trusted is not None and (stage is setting.witness or setting.twin is not None):
-        source, where = trusted
-        rows = source(where, units)
-        expected = torch.stack([_columns(row, part) for row in rows])
-        unit = setting.unit if stage is setting.native else 2.0**-53
-        bound = widest[None, :] + 8 * unit * expected.abs()
-        return expected, bound, None, None
-    columns = [_difference(checks, part, entry) for entry in part.columns.tolist()]
-    value, bar, low, high = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
-    return value, _DIFFERENCE_SAFETY * bar + widest[None, :], low, high
-
-
-def as_real_like(allowed: Tensor) -> Tensor:
-    """Tolerances are real already."""
-    return allowed.to(torch.float64)
-
-
-def _difference(checks: DerivativeChecks, part: _Part, entry: int) -> tuple[Tensor, ...]:
-    stage = checks.stage
-    direction = unit_direction(stage, part.argument, entry)
-    found = checks.slope(direction, part.argument).parts
-    if found is None:
-        raise SoftcheckError("too many outputs to recover a column by differences")
-    scale = size_of(as_real(stage.point[part.argument]))
-    rows = part.rows
-    return found.value[rows] / scale, found.bar[rows] / scale, found.low[rows] / scale, found.high[rows] / scale
-
-
-def _wrong_arguments(checks: DerivativeChecks, stage: Stage) -> set[int]:
-    """The arguments whose gradient disagrees with the witness."""
-    if stage is checks.setting.native and checks.setting.twin is not None:
-        return set()
-    return {miss.argument for miss in checks.difference_misses() if miss.ratio > 1 and miss.argument >= 0}
-
-
-def _factors(checks: DerivativeChecks, stage: Stage) -> dict[str, float]:
-    """Numbers that a constant factor may equal: those among the options, and batch and class counts."""
-    found: dict[str, float] = {}
-    for name, value in checks.setting.program.code.options.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1, -1):
-            found[f"{name} = {value:g}"] = float(value)
-            found[f"1/({name} = {value:g})"] = 1 / float(value)
-    for argument, value in zip(checks.setting.program.arguments, stage.values, strict=True):
-        if value.numel() == 1 and value.is_floating_point() and float(value) not in (0.0, 1.0, -1.0):
-            found[f"{argument.name} = {float(value):g}"] = float(value)
-            found[f"1/({argument.name} = {float(value):g})"] = 1 / float(value)
-    return found
-
-
-def _elsewhere(checks: DerivativeChecks, units: Sequence[Sequence[Tensor]], part: _Part) -> dict[str, Tensor]:
-    """The true block at points that a backward may take by mistake: the output in place of the input."""
-    trusted = checks.confirmed_source()
-    point = checks.stage.point
-    if trusted is None or len(point) != 1 or len(checks.setting.native_value) != 1:
-        return {}
-    source, where = trusted
-    value = checks.setting.native_value[0]
-    if value.shape != point[0].shape or value.is_complex() or point[0].is_complex():
-        return {}
-    moved = replace(where, values=tuple(where.with_point([value.to(point[0].dtype)])))
-    rows = source(moved, units)
-    return {"at the output instead of the input": torch.stack([_columns(row, part) for row in rows]).cpu()}

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ _LARGEST = 256
 """Scores of a row up to which its Jacobian is recovered."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyDiagnosis:
+    """The family's diagnosis of the row that is most wrong, and how many rows are wrong at all."""
+
+    diagnosis: Diagnosis
+    rows: int
+    wrong_rows: int
+
+
 def recognised(checks: DerivativeChecks, stage: Stage) -> Iterator[tuple[Family, Tensor | None]]:
     """The members of the softmax family that the function may be, with the target where it is a loss."""
     values = checks.setting.native_value if stage is checks.setting.native else checks.setting.twin_value
@@ -41,8 +51,8 @@ def recognised(checks: DerivativeChecks, stage: Stage) -> Iterator[tuple[Family,
                 yield family, other
 
 
-def family_diagnosis(checks: DerivativeChecks, stage: Stage) -> Diagnosis | None:
-    """What the softmax family's own dictionary says about the gradient; None where the function is not of it."""
+def family_diagnosis(checks: DerivativeChecks, stage: Stage) -> FamilyDiagnosis | None:
+    """What the softmax family's own dictionary names in the gradient; None where it names nothing."""
     for family, target in recognised(checks, stage):
         if family.temperature_error:  # the closed form would be known to that error only
             continue
@@ -51,7 +61,7 @@ def family_diagnosis(checks: DerivativeChecks, stage: Stage) -> Diagnosis | None
             if problem.layout.length > _LARGEST:
                 continue
             found = _diagnosis(checks, stage, problem)
-            if found is not None and found.code != "unrecognised":
+            if found is not None and found.diagnosis.code != "unrecognised":
                 return found
     return None
 
@@ -69,7 +79,7 @@ def _problem(checks: DerivativeChecks, stage: Stage, family: Family, target: Ten
     )
 
 
-def _diagnosis(checks: DerivativeChecks, stage: Stage, problem: Problem) -> Diagnosis | None:
+def _diagnosis(checks: DerivativeChecks, stage: Stage, problem: Problem) -> FamilyDiagnosis | None:
     layout = problem.layout
     value = checks.setting.native_value[0]
 
@@ -89,7 +99,8 @@ def _diagnosis(checks: DerivativeChecks, stage: Stage, problem: Problem) -> Diag
         operator=operator,
     )
     reference = problem.function.reference(layout, problem.scores.double())
-    row = _worst_row(candidate, problem)
+    ratios = _row_ratios(candidate, problem, value.dtype)
+    row = int(ratios.argmax())
     result = CheckResult(
         name=candidate.name,
         check="derivative",
@@ -97,18 +108,20 @@ def _diagnosis(checks: DerivativeChecks, stage: Stage, problem: Problem) -> Diag
         verdict=Verdict.FAIL,
         worst=Mismatch(index=(row, 0, 0), got=0.0, expected=0.0, error=0.0, bound=0.0),
     )
-    return explain_failure(problem, reference, candidate, result, rebuild=None)
+    found = explain_failure(problem, reference, candidate, result, rebuild=None)
+    if found is None:
+        return None
+    return FamilyDiagnosis(diagnosis=found, rows=layout.rows, wrong_rows=int((ratios > 1).sum()))
 
 
-def _worst_row(candidate: Candidate, problem: Problem) -> int:
-    """The row of scores whose gradient is furthest from the closed form."""
+def _row_ratios(candidate: Candidate, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """How far each row's gradient is from the closed form, in bounds, for one random upstream of this dtype."""
     layout = problem.layout
     reference = problem.function.reference(layout, problem.scores.double())
     generator = torch.Generator().manual_seed(0)
     shape = reference.left.hi.shape
-    direction = torch.randn(shape, generator=generator, dtype=torch.float64).to(problem.scores.dtype).double()
+    direction = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double()
     assert candidate.operator is not None
     product = reference.vjp(direction, reference.bound_for(Rounding.of(candidate.dtype)))
     error = (candidate.operator(direction).values - product.value.hi).abs() / product.bound
-    error = error.nan_to_num(nan=torch.inf).reshape(layout.rows, -1).amax(dim=1)
-    return int(error.argmax())
+    return error.nan_to_num(nan=torch.inf).reshape(layout.rows, -1).amax(dim=1)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gradcheck_cli.checks.function.compare import NATURAL_ULPS, Miss, Seen, against_slopes, project, project_tolerance, worst
+from gradcheck_cli.checks.function.compare import (
+    NATURAL_ULPS,
+    Miss,
+    Seen,
+    against_slopes,
+    project,
+    project_tolerance,
+    worst,
+)
 from gradcheck_cli.checks.function.derivative import DerivativeChecks
 from gradcheck_cli.checks.function.slopes import Slopes, project_tangent, project_tolerance_of_tangent
 from gradcheck_cli.checks.function.wording import first_line

@@ -10,7 +10,7 @@ from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.reference import Rounding
 from gradcheck_cli.program.bypass import bypassed
-from gradcheck_cli.program.outputs import as_real
+from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.rounding import measured_spread, tolerance
 from gradcheck_cli.program.stage import Stage
 
@@ -19,8 +19,9 @@ Gradient = list[Tensor]
 Source = Callable[[Stage, Sequence[Sequence[Tensor]]], list[Gradient]]
 """A stage and K upstream gradients -> K gradients."""
 
-_MEASURED = 4
-"""Upstream gradients for which the rounding is measured; the others of a small function are alike."""
+_FIRST = 2
+"""Upstream gradients at the start for which the rounding is measured one by one."""
+_VALUE_SAMPLES = 8
 _LEAST_ULPS = 8.0
 
 
@@ -65,10 +66,11 @@ def rounding_tolerance(
 ) -> list[Gradient]:
     """What a right gradient may be off by in arithmetic of that unit roundoff, entry by entry, in float64.
 
-    Measured by perturbing every operation (see `measured_spread`) on the first few upstream gradients; the others
-    get the largest of these, relative to their own size.
+    Measured by perturbing every operation (see `measured_spread`) on the first few upstream gradients, the last, and
+    the sum of all others with random signs, whose tolerance each of these gets: on the single outputs behind unit
+    vectors it is theirs where outputs do not share inputs, and √K times theirs, K of them, where they share all.
     """
-    measured = cotangents[:_MEASURED] if len(cotangents) <= _MEASURED else [*cotangents[:3], cotangents[-1]]
+    measured, others = _measured(cotangents, seed=setting.program.seed)
     arguments = len(stage.point)
 
     def run() -> list[Tensor]:
@@ -78,19 +80,39 @@ def rounding_tolerance(
     pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
     flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
     found = [flat[start : start + arguments] for start in range(0, len(flat), arguments)]
-    if len(measured) == len(cotangents):
+    if not others:
         return found
-    return _like_the_largest(found, len(cotangents))
+    return [*found[:_FIRST], *([found[-1]] * others), found[_FIRST]]
+
+
+def value_rounding(stage: Stage, *, unit: float) -> Tensor:
+    """Twice the standard error of every number of the outputs [m] in arithmetic of that unit roundoff; 0 if unknown."""
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return [value.detach() for value in stage.at_point()]
+
+    spread = measured_spread(run, unit=unit, samples=_VALUE_SAMPLES, seed=stage.program.seed)
+    pairs = zip(spread.typical, spread.values, strict=True)
+    return 2 * real_vector([by_parts(typical, value) for typical, value in pairs]).nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _measured(cotangents: Sequence[Sequence[Tensor]], *, seed: int) -> tuple[list[Sequence[Tensor]], int]:
+    """The first, the last, the signed sum of the others; and how many those are."""
+    others = cotangents[_FIRST:-1]
+    if len(others) <= 1:
+        return list(cotangents), 0
+    generator = torch.Generator().manual_seed(seed * 31_337 + 29)
+    signs = (2 * torch.randint(2, (len(others),), generator=generator) - 1).tolist()
+    total = [torch.zeros_like(part) for part in cotangents[0]]
+    for sign, one in zip(signs, others, strict=True):
+        total = [a + sign * b for a, b in zip(total, one, strict=True)]
+    return [*cotangents[:_FIRST], cotangents[-1], total], len(others)
 
 
 def by_parts(allowed: Tensor, value: Tensor) -> Tensor:
     """The tolerance of a complex number as that of both its parts."""
     return allowed[..., None].expand(*allowed.shape, 2) if value.is_complex() else allowed
-
-
-def _like_the_largest(found: list[Gradient], count: int) -> list[Gradient]:
-    widest = [torch.stack(parts).amax(0) for parts in zip(*found, strict=True)]
-    return [*found[:3], *([widest] * (count - len(found))), found[-1]]
 
 
 def floor_of(gradients: Sequence[Gradient], *, dtype: torch.dtype) -> list[Gradient]:

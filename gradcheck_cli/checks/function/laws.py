@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcheck_cli.checks.function.compare import Miss, against_gradient
 from gradcheck_cli.checks.function.derivative import DerivativeChecks
+from gradcheck_cli.checks.function.explain import explain, under_its_name
 from gradcheck_cli.checks.function.gradients import Gradient
 from gradcheck_cli.checks.function.wording import entry_name, first_line
 from gradcheck_cli.checks.judge import Row, skipped
@@ -18,6 +19,8 @@ from gradcheck_cli.program.outputs import as_real
 from gradcheck_cli.program.program import seeded
 from gradcheck_cli.program.stage import Stage, copy_of
 from gradcheck_cli.results import CheckResult, Diagnosis, Verdict
+from gradcheck_cli.verdict.diagnosis import FUSED_LOSS
+from gradcheck_cli.verdict.function_diagnosis import stateful_diagnosis
 
 _FACTOR = -2.0
 """An exact factor: a power of two, of the other sign."""
@@ -33,6 +36,7 @@ class LawChecks:
         self._stage = checks.setting.native
         self._w = self._setting.cotangents[-1]
         self.overwrites = False
+        self.repeatable = True
 
     def run(self) -> Iterator[CheckResult]:
         """One row a law."""
@@ -81,11 +85,9 @@ class LawChecks:
             reason = "calls differ from one another by rounding" if worst.ratio <= 1 else None
         diagnosis = None
         if worst.ratio > 1:
-            diagnosis = Diagnosis(
-                code="stateful",
-                message="A repeated call with the same inputs and seed gives something else: the function keeps a "
-                "state, overwrites what it saved, or draws random numbers of its own.",
-            )
+            self.repeatable = False
+            what = "what the next one with the same inputs and seed gives"
+            diagnosis = stateful_diagnosis(what=what, difference=worst.error)
         return law_result(self._checks, "repeated calls agree", worst, started, reason=reason, diagnosis=diagnosis)
 
     def _value_miss(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> Miss:
@@ -117,11 +119,7 @@ class LawChecks:
         miss = self._miss(pair[1], pair[0], self._tolerance())
         diagnosis = None
         if miss.ratio > 1:
-            diagnosis = Diagnosis(
-                code="stateful",
-                message="A second backward through the same graph gives another gradient: the first one overwrites "
-                "what the forward saved.",
-            )
+            diagnosis = stateful_diagnosis(what="what a second backward through its graph gives", difference=miss.error)
         return law_result(self._checks, "backward twice through one graph", miss, started, diagnosis=diagnosis)
 
     def _interleaved(self) -> CheckResult | None:
@@ -145,11 +143,8 @@ class LawChecks:
         miss = self._miss(got, expected, self._tolerance())
         diagnosis = None
         if miss.ratio > 1:
-            diagnosis = Diagnosis(
-                code="stateful",
-                message="A call with other inputs between forward and backward changes the gradient: calls share a "
-                "buffer or a saved value.",
-            )
+            what = "the gradient of another that has not gone backward yet"
+            diagnosis = stateful_diagnosis(what=what, difference=miss.error)
         return law_result(self._checks, "calls do not disturb each other", miss, started, diagnosis=diagnosis)
 
     def _unchanged(self) -> CheckResult:
@@ -183,17 +178,13 @@ class LawChecks:
         name, new, old = changed[0]
         self.overwrites = True
         miss = _largest([new], [old], [torch.zeros_like(as_real(old), dtype=torch.float64)])
-        diagnosis = Diagnosis(
-            code="stateful",
-            message=f"The code overwrites {name} in place, behind autograd's back: whoever uses it next, computes "
-            "with other numbers.",
-        )
+        diagnosis = stateful_diagnosis(what=f"{name}, behind autograd's back", difference=miss.error)
         place = f"{name}{entry_name(miss.entry or 0, old)}"
         return law_result(self._checks, "inputs are left unchanged", miss, started, diagnosis=diagnosis, place=place)
 
     def _zero(self) -> CheckResult:
         """A zero upstream brings back zero."""
-        started = time.perf_counter()
+        law, started = "zero upstream gives zero", time.perf_counter()
         zero = self.gradient([torch.zeros_like(w) for w in self._w])
         expected = [torch.zeros_like(part) for part in zero]
         allowed = [torch.zeros_like(as_real(part), dtype=torch.float64) for part in zero]
@@ -205,18 +196,14 @@ class LawChecks:
         diagnosis = None
         if miss.ratio > 1:
             same = self._miss(zero, self.gradient(self._w), self._tolerance()).ratio <= 1
-            text = "The upstream gradient is ignored: the same comes back for an upstream of zeros."
-            other = "A zero upstream brings back something that is not zero: a term does not depend on the upstream."
-            bad = not math.isfinite(miss.got)
-            diagnosis = Diagnosis(
-                code="non-finite" if bad else "upstream-ignored",
-                message="A zero upstream brings back NaN or infinity." if bad else (text if same else other),
-            )
-        return law_result(self._checks, "zero upstream gives zero", miss, started, diagnosis=diagnosis)
+            diagnosis = _zero_diagnosis(miss, ignored=same)
+        return self._consequence(law_result(self._checks, law, miss, started, diagnosis=diagnosis))
 
     def _scaled(self) -> CheckResult:
         """An upstream times -2 gives the gradient times -2."""
-        started = time.perf_counter()
+        law, started = "linear in the upstream", time.perf_counter()
+        if not self.repeatable:
+            return skipped(law_row(self._checks, law), "calls with the same upstream differ already")
         once = self.gradient(self._w)
         scaled = self.gradient([w * _FACTOR for w in self._w])
         expected = [part * _FACTOR for part in once]
@@ -225,13 +212,26 @@ class LawChecks:
         diagnosis = None
         if miss.ratio > 1:
             same = self._miss(scaled, once, self._tolerance()).ratio <= 1
+            text = "The gradient is not linear in the upstream: an upstream times −2 does not give −2 times as much."
+            ignored = "The upstream gradient is ignored: one times −2 brings back the same."
             diagnosis = Diagnosis(
-                code="upstream-ignored" if same else "unrecognised",
-                message="The gradient does not depend on the upstream's size."
-                if same
-                else "The gradient is not linear in the upstream: an upstream times -2 does not give -2 times as much.",
+                code="upstream-ignored" if same else "unrecognised", message=ignored if same else text
             )
-        return law_result(self._checks, "linear in the upstream", miss, started, diagnosis=diagnosis)
+        return self._consequence(law_result(self._checks, law, miss, started, diagnosis=diagnosis))
+
+    def _consequence(self, result: CheckResult) -> CheckResult:
+        """A law that fails because the gradient is wrong bears the name of that mistake, allowed ones included."""
+        diagnosis = result.diagnosis
+        if result.verdict is not Verdict.FAIL or diagnosis is None:
+            return result
+        known = self._checks.diagnosis(explain)
+        if known is not None and known.code != "unrecognised":
+            message = f"{diagnosis.message} It follows from the wrong gradient: {known.message}"
+            message = diagnosis.message if known.code == diagnosis.code else message
+            diagnosis = replace(known, message=message)
+        elif diagnosis.code == "upstream-ignored" and self._checks.setting.matrix.shape[1] == 1:
+            diagnosis = replace(diagnosis, detail={"alternatives": f"fused-loss: {FUSED_LOSS}"})
+        return under_its_name(result, diagnosis, self._checks.plan.allow)
 
     def _random_state(self) -> CheckResult | None:
         """Global generators are drawn from, not reset."""
@@ -248,10 +248,7 @@ class LawChecks:
         diagnosis = None
         if states[0] == states[1]:
             miss = Miss(ratio=math.inf, got=1.0, expected=0.0, error=1.0, bound=0.0, cotangent=0, argument=0)
-            diagnosis = Diagnosis(
-                code="stateful",
-                message="The function resets torch's global random numbers: everything random after it repeats.",
-            )
+            diagnosis = stateful_diagnosis(what="torch's global random state, which it resets")
         reason = "random: it draws from the global generator, which is started from the seed before every call"
         return law_result(
             self._checks,
@@ -301,6 +298,16 @@ def law_result(
         reason=reason,
         seconds=time.perf_counter() - started,
     )
+
+
+def _zero_diagnosis(miss: Miss, *, ignored: bool) -> Diagnosis:
+    if not math.isfinite(miss.got):
+        return Diagnosis(code="non-finite", message="A zero upstream brings back NaN or infinity.")
+    if ignored:
+        text = "The upstream gradient is ignored: the same comes back for an upstream of zeros."
+        return Diagnosis(code="upstream-ignored", message=text)
+    text = "A zero upstream brings back something that is not zero: a term does not depend on the upstream."
+    return Diagnosis(code="upstream-ignored", message=text, detail={"zero_response": miss.error})
 
 
 _ULPS = 16.0

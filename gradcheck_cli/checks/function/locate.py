@@ -39,7 +39,7 @@ class Locator:
         assert miss.direction is not None
         found = self._checks.slopes[miss.direction]
         if _moved(found) == 1:
-            return None, replace(miss, entry=_place_of(found, miss.argument)), None
+            return None, replace(miss, entry=_place_of(found, miss.argument), kink=found.kink), None
         entry = self._entry(miss, found)
         if entry is not None and entry.ratio > 1:
             return None, entry, None

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.checks.candidate import DIFFERENCE_SAFETY
-from gradcheck_cli.checks.function.compare import Miss, Seen, worst
-from gradcheck_cli.checks.function.derivative import DerivativeChecks
-from gradcheck_cli.checks.function.slopes import joint_direction, stepped
+from gradcheck_cli.checks.function.compare import NATURAL_ULPS, Miss, Seen, worst
+from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, DerivativeChecks
+from gradcheck_cli.checks.function.gradients import by_parts
+from gradcheck_cli.checks.function.slopes import Domain, joint_direction, stepped
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.derivatives.line_difference import differentiate_line
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real, real_vector
+from gradcheck_cli.program.rounding import SAFETY, measured_spread, tolerance
 from gradcheck_cli.program.stage import Stage, copy_of, inner
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 
 _DIRECTIONS = 2
-_ULPS = 64.0
+_SAMPLES = 4
+"""Perturbed runs behind the rounding of a Hessian–vector product; four neighbours count beside them."""
 _NATURAL = 1e-9
 
 
@@ -50,11 +53,12 @@ class SecondOrderChecks:
         except (RuntimeError, SoftcheckError, NotImplementedError) as problem:
             yield skipped(row, f"no double backward: {first_line(problem)}")
             return
+        widths = self._widths(directions, products)
         found: list[Miss] = []
         seen: list[Seen] = []
         zero_behind = False
-        for position, (direction, steps) in enumerate(exact):
-            miss, shown, vanished = self._compare(products[position], direction, steps, position)
+        for position in range(len(exact)):
+            miss, shown, vanished = self._compare(products[position], widths[position], exact[position], position)
             found.append(miss)
             seen += shown
             zero_behind = zero_behind or vanished
@@ -63,13 +67,13 @@ class SecondOrderChecks:
         if result.verdict is Verdict.FAIL:
             result = _with(result, _diagnosis(miss, zero_behind=zero_behind))
         yield result
-        yield self._symmetry(directions, products)
+        yield self._symmetry(directions, products, widths)
 
     def _product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """H u for every varied argument; zeros where the gradient does not depend on it."""
         stage = self._stage
         graph = stage.graph()
-        # An upstream without a graph would let a once-differentiable backward pass for one without second derivative.
+        # Torch marks the gradient of a once-differentiable backward only where something that enters it has a graph.
         upstream = [copy_of(w).requires_grad_() for w in self._w]
         gradient = graph.gradient(upstream, create_graph=True)
         with stage.scope(), torch.enable_grad(), stage.program.code.running():
@@ -80,26 +84,46 @@ class SecondOrderChecks:
                     total = term if total is None else total + term
             if total is None:
                 return [torch.zeros_like(value) for value in stage.point]
+            if _refuses(total):
+                raise NotImplementedError("its backward is marked once_differentiable")
             found = torch.autograd.grad(total, graph.leaves, allow_unused=True)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(found, stage.point, strict=True)]
 
+    def _widths(self, directions: Sequence[Sequence[Tensor]], products: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What rounding allows every number of H u, for each u: measured like a gradient's, through both backwards."""
+        unit = 2.0**-53
+
+        def run() -> list[Tensor]:
+            return [part for direction in directions for part in self._product(direction)]
+
+        least = [16 * unit * real_vector(list(product)).abs().nan_to_num(posinf=0.0) for product in products]
+        if self._checks.setting.twin is None:
+            return least
+        spread = measured_spread(run, unit=unit, samples=_SAMPLES, seed=self._checks.setting.program.seed)
+        pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
+        flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
+        count = len(self._stage.point)
+        measured = [real_vector(flat[start : start + count]) for start in range(0, len(flat), count)]
+        return [torch.maximum(NATIVE_SAFETY * a, b) for a, b in zip(measured, least, strict=True)]
+
     def _compare(
-        self, product: Sequence[Tensor], direction: Sequence[Tensor], steps: list[float], position: int
+        self, product: Sequence[Tensor], width: Tensor, exact: tuple[list[Tensor], list[float]], position: int
     ) -> tuple[Miss, list[Seen], bool]:
-        """Projections of H u on random probes and H u itself, against differences of the gradient."""
+        """H u against differences of the gradient along u, number by number."""
         stage = self._stage
+        direction, steps = exact
 
         def gradient(t: float) -> Tensor:
             return real_vector(moved_stage(stage, direction, t).reverse([self._w])[0])
 
         center = gradient(0.0)
-        slopes = differentiate_line(gradient, steps, center=center, eps=2.0**-52)
+        rounding = real_vector(list(self._checks.tolerance[-1])) / SAFETY
+        slopes = differentiate_line(Domain(gradient, center), steps, center=center, noise=rounding, eps=2.0**-52)
         got = real_vector(list(product))
         error = torch.maximum(torch.maximum(slopes.low - got, got - slopes.high), torch.zeros_like(got))
         error = torch.where(torch.isfinite(got), error, math.inf)
-        noise = _ULPS * 2.0**-52 * float(center.abs().nan_to_num().max())
-        bound = DIFFERENCE_SAFETY * slopes.bar + noise
-        blind = torch.isinf(bound)
+        bound = DIFFERENCE_SAFETY * slopes.bar + width + NATURAL_ULPS * rounding
+        blind = torch.isinf(bound) | torch.isnan(bound)
         ratio = torch.where(blind | (error == 0), 0.0, error / bound.clamp_min(1e-300)).nan_to_num(
             nan=math.inf, posinf=math.inf
         )
@@ -122,19 +146,23 @@ class SecondOrderChecks:
         vanished = bool((got == 0).all()) and size > _NATURAL * natural
         return miss, [Seen(argument=-1, size=size, bound=float(bound[at]), natural=natural)], vanished
 
-    def _symmetry(self, directions: list[list[Tensor]], products: list[list[Tensor]]) -> CheckResult:
-        """⟨v, H u⟩ = ⟨u, H v⟩."""
+    def _symmetry(
+        self, directions: list[list[Tensor]], products: list[list[Tensor]], widths: list[Tensor]
+    ) -> CheckResult:
+        """⟨v, H u⟩ = ⟨u, H v⟩, to within the rounding of both products and of the sums."""
         checks, started = self._checks, time.perf_counter()
         row = checks.row("Hessian is symmetric", "double backward", self._stage)
+        if not all(bool(torch.isfinite(real_vector(product)).all()) for product in products):
+            return skipped(row, "the Hessian–vector products are not finite everywhere")
         (u, v), (hu, hv) = directions, products
         left, right = inner(v, hu), inner(u, hv)
-        size = sum(
-            float((as_real(a).double().abs() * as_real(b).double().abs()).sum())
-            for one, two in ((v, hu), (u, hv))
-            for a, b in zip(one, two, strict=True)
-        )
+        allowed, size = 0.0, 0.0
+        for other, product, width in ((v, hu, widths[0]), (u, hv, widths[1])):
+            factor = real_vector(list(other)).abs()
+            allowed += float((factor * width).sum())
+            size += float((factor * real_vector(list(product)).abs()).sum())
         natural = float((checks.setting.matrix[-1].abs() * checks.setting.center.abs().nan_to_num()).sum())
-        bound = 2.0**-52 * (1e6 * size + _ULPS * natural)
+        bound = allowed + NATURAL_ULPS * 2.0**-53 * (size + natural)
         error = 0.0 if left == right else abs(left - right)
         miss = Miss(
             ratio=error / bound if bound else (math.inf if error else 0.0),
@@ -151,6 +179,24 @@ class SecondOrderChecks:
             message = "The second derivative is not symmetric, so it is not the derivative of any gradient."
             return _with(result, Diagnosis(code="second-order", message=message))
         return result
+
+
+def _refuses(total: Tensor) -> bool:
+    """Whether the graph behind a sum of gradients holds torch's node that raises when it is differentiated again.
+
+    That node leads nowhere, so that torch.autograd.grad passes it by and gives zeros.
+    """
+    queue = [total.grad_fn]
+    seen = set(queue)
+    for node in queue:
+        if node is None:
+            continue
+        if node.name().endswith("Error"):
+            return True
+        following = [parent for parent, _ in node.next_functions if parent not in seen]
+        seen.update(following)
+        queue.extend(following)
+    return False
 
 
 def moved_stage(stage: Stage, direction: Sequence[Tensor], t: float) -> Stage:

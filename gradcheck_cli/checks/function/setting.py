@@ -17,7 +17,7 @@ from gradcheck_cli.program.bypass import CustomFunction, custom_functions
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.program import Program, differentiable
 from gradcheck_cli.program.stage import Stage, copy_of, widened
-from gradcheck_cli.program.twin import Downcast, Float64Twin, find_downcasts
+from gradcheck_cli.program.twin import Downcast, Float64Twin, Observed, observe, wide_everywhere
 
 UNIT_COTANGENTS = 32
 """Outputs up to which every one has its own upstream gradient (a unit vector)."""
@@ -79,6 +79,12 @@ class Setting:
 
 def make_setting(program: Program, *, seed: int, every_output: bool = False) -> Setting:
     """Runs the program once in each precision. Raises SoftcheckError where nothing can be differentiated."""
+    for argument in program.arguments:
+        if argument.value.layout is not torch.strided:
+            raise SoftcheckError(
+                f"{argument.name} is a sparse tensor, and only dense ones can be checked",
+                hint="check a function of the dense values that makes the sparse tensor itself",
+            )
     values = tuple(argument.value for argument in program.arguments)
     native = Stage(program=program, values=values, dtype=_narrowest(program.varied_values()), kept=())
     named, connected, customs = _first_call(native)
@@ -86,9 +92,10 @@ def make_setting(program: Program, *, seed: int, every_output: bool = False) -> 
     native = replace(native, kept=tuple(kept))
     native_value = [named[position][1].detach() for position in kept]
     _require_finite(native_value, program)
-    downcasts = _downcasts(native)
+    observed = _observed(native)
+    downcasts = observed.downcasts
     narrowest = _narrowest([*program.varied_values(), *native_value], extra=[found.dtype for found in downcasts])
-    twin, twin_value, reason = _twin(native, native_value, downcasts, narrowest)
+    twin, twin_value, reason = _twin(native, native_value, observed, narrowest)
     cotangents = _cotangents(native_value, seed, every_output=every_output)
     return Setting(
         native=native,
@@ -160,11 +167,12 @@ def _narrowest(values: Sequence[Tensor], extra: Sequence[torch.dtype] = ()) -> t
     return max(present, key=order.index, default=torch.float64)
 
 
-def _downcasts(native: Stage) -> tuple[Downcast, ...]:
-    """Operations that narrow an operand, on the inputs as given (autocast) and on float64 ones."""
-    if native.program.framework != "torch":
-        return ()
+def _observed(native: Stage) -> Observed:
+    """What the function does on the inputs as given (autocast) and on float64 ones."""
     found: dict[Downcast, None] = {}
+    draws = native.program.draws
+    if native.program.framework != "torch":
+        return Observed(downcasts=(), draws=draws)
     wide = replace(native, values=tuple(widened(value) for value in native.values))
     for stage in (native, wide):
 
@@ -173,17 +181,19 @@ def _downcasts(native: Stage) -> tuple[Downcast, ...]:
                 stage.at_point()
 
         with contextlib.suppress(SoftcheckError, NotImplementedError):
-            found.update(dict.fromkeys(find_downcasts(run)))
-    return tuple(found)
+            seen = observe(run)
+            found.update(dict.fromkeys(seen.downcasts))
+            draws = draws or seen.draws
+    return Observed(downcasts=tuple(found), draws=draws)
 
 
 def _twin(
-    native: Stage, native_value: Sequence[Tensor], downcasts: Sequence[Downcast], narrowest: torch.dtype
+    native: Stage, native_value: Sequence[Tensor], observed: Observed, narrowest: torch.dtype
 ) -> tuple[Stage | None, list[Tensor], str]:
     """The float64 twin with its value, or why there is none.
 
     Where the function narrows inside, holds narrow tensors of its own or draws random numbers in a narrow dtype, a
-    dispatch mode keeps everything in float64.
+    dispatch mode keeps everything in float64; where torch compares dtypes before that, a mode above it does.
     """
     program = native.program if native.program.eager is None else native.program.uncompiled()
     plain = replace(
@@ -193,8 +203,9 @@ def _twin(
         dtype=torch.float64,
     )
     kept_wide = replace(plain, scope=functools.partial(Float64Twin, native=narrowest))
-    watched = bool(downcasts) or (program.draws and narrowest != torch.float64)
-    tries = [kept_wide] if watched else [plain, kept_wide]
+    everywhere = replace(plain, scope=functools.partial(wide_everywhere, native=narrowest))
+    watched = bool(observed.downcasts) or (observed.draws and narrowest != torch.float64)
+    tries = [kept_wide, everywhere] if watched else [plain, kept_wide, everywhere]
     reason = ""
     for twin in tries if program.framework == "torch" else [plain]:
         found, reason = _in_float64(twin, native_value)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,10 +108,21 @@ class Domain:
         return torch.full_like(self._center, math.nan)
 
 
-def slopes(samples: Sequence[Samples], cotangents: Tensor) -> list[Slopes]:
-    """The derivatives along several directions, worked out together."""
-    lines = estimated([one.line for one in samples], eps=0.0)
+def slopes(samples: Sequence[Samples], cotangents: Tensor, *, hidden: Tensor | None = None) -> list[Slopes]:
+    """The derivatives along several directions, worked out together.
+
+    `hidden` [m] is rounding error of the outputs that their values need not show: a function that cancels to nothing.
+    """
+    if hidden is None:
+        lines = estimated([one.line for one in samples], eps=0.0)
+    else:
+        least = torch.cat([cotangents.abs() @ hidden, hidden])
+        lines = estimated([_with_noise(one.line, least) for one in samples], eps=0.0)
     return [_slopes(one, found, cotangents) for one, found in zip(samples, lines, strict=True)]
+
+
+def _with_noise(line: LineValues, least: Tensor) -> LineValues:
+    return replace(line, noise=torch.maximum(line.noise, least[: line.noise.numel()]))
 
 
 def _slopes(samples: Samples, found: LineEstimate, cotangents: Tensor) -> Slopes:
