@@ -63,6 +63,9 @@ def _is_exact(func: Any, name: str, args: tuple[Any, ...]) -> bool:
     """Whether the operator moves, selects, compares or draws, or scales by a power of two."""
     drawn = torch.Tag.nondeterministic_seeded in func.tags and name not in _PRODUCTS | _ONE_STEP
     selects = name in _REDUCING_SCATTERS and any(value in ("amax", "amin") for value in args if isinstance(value, str))
+    selects = selects or (
+        name == "linalg_vector_norm" and any(value in (math.inf, -math.inf, 0) for value in args[1:2])
+    )
     placed = name in _INDEX_PUTS and not any(value is True for value in args[3:4])
     scaled = name in ("mul", "div") and _power_of_two(args[1:2])
     return drawn or selects or placed or scaled or name in _MOVES or name.endswith(_MOVE_ENDINGS)
@@ -74,7 +77,7 @@ def _name(func: Any) -> str:
 
 
 def _is_decomposition(name: str) -> bool:
-    return name in _DECOMPOSITIONS or name.startswith(_LINALG)
+    return name in _DECOMPOSITIONS or (name.startswith(_LINALG) and name not in _VECTOR_LINALG)
 
 
 def growth(kind: Rounding, length: float) -> tuple[float, float]:
@@ -292,6 +295,7 @@ _SCATTERS = _names(
 _INDEX_PUTS = _names("index_put _index_put_impl")
 _REDUCING_SCATTERS = _names("scatter_reduce index_reduce")
 _LINALG = ("linalg_", "_linalg_")
+_VECTOR_LINALG = _names("linalg_vector_norm linalg_cross")
 _DECOMPOSITIONS = _names(
     """
     cholesky cholesky_inverse cholesky_solve geqrf triangular_solve lu_unpack matrix_exp ormqr

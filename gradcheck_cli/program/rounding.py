@@ -327,9 +327,11 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
 def _is_floating(value: Any) -> bool:
     """Whether there are numbers to perturb: torch's zero tensors (derivatives known to vanish) have no memory.
 
-    Nor have the meta tensors on which it works out their shapes.
+    Nor have the meta tensors on which it works out their shapes; sparse ones are made of dense ones that rounded.
     """
-    if not isinstance(value, Tensor) or value._is_zerotensor() or value.is_meta or not value.numel():
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    if value._is_zerotensor() or not value.numel():
         return False
     return value.is_floating_point() or value.is_complex()
 

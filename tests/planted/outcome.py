@@ -49,7 +49,8 @@ class Outcome:
     def naming(self) -> Naming:
         """Wrong where any row gives a name that is not accepted and does not offer an accepted one beside it.
 
-        Ambiguous where an accepted name is one of several that explain a row equally well.
+        Ambiguous where an accepted name is one of several that explain a row equally well; unrecognised where no row
+        has a name, whether or not one is asked for.
         """
         named = [one.diagnosis for one in self.failing if one.diagnosis and one.diagnosis.code != "unrecognised"]
         others = [_others(str(one.detail.get("alternatives", ""))) for one in named]
@@ -57,7 +58,7 @@ class Outcome:
             if not {one.code, *more} & set(self.accepted):
                 return Naming.WRONG
         if not named:
-            return Naming.RIGHT if "unrecognised" in self.accepted and self.codes else Naming.UNRECOGNISED
+            return Naming.UNRECOGNISED
         single = any(
             one.code in self.accepted and set(more) <= set(self.accepted)
             for one, more in zip(named, others, strict=True)

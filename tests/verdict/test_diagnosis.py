@@ -190,6 +190,28 @@ def test_unlisted_coefficients_are_found_by_regression() -> None:
     assert result.detail["matrix"] == "1·diag(s) − 0.5·s sᵀ"
 
 
+def test_a_share_of_a_wrong_formula_is_found_beside_the_right_one() -> None:
+    right = evidence_of("log_softmax", CORRECT["log_softmax"], normal(ROWS, 10))
+    softmax = torch.diag(right.s) - torch.outer(right.s, right.s)
+    result = diagnose(replace(right, response=0.9999 * right.expected + 1e-4 * softmax))
+    assert (result.code, result.detail["like"]) == ("wrong-contraction", "softmax-rule")
+    assert float(result.detail["share"]) == pytest.approx(1e-4, rel=1e-6)
+
+
+def test_a_small_share_of_known_terms_is_no_noise() -> None:
+    right = correct_softmax(5)
+    result = diagnose(replace(right, response=0.9999 * right.expected + 1e-4 * torch.eye(5, dtype=torch.float64)))
+    assert result.code == "wrong-contraction"
+
+
+def test_a_scaled_normaliser_of_log_softmax_is_a_coefficient() -> None:
+    right = evidence_of("log_softmax", CORRECT["log_softmax"], normal(ROWS, 10))
+    scaled = torch.eye(10, dtype=torch.float64) - 0.9999 * right.s[None, :]
+    result = diagnose(replace(right, response=scaled))
+    assert result.code == "wrong-contraction"
+    assert result.detail["matrix"] == "1·I − 0.9999·s 1ᵀ"
+
+
 def test_another_softmax_in_the_right_formula_is_recovered() -> None:
     def with_epsilon(x: Tensor, g: Tensor, *, temperature: float) -> Tensor:
         e = (x / temperature).exp()

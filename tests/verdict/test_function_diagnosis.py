@@ -15,6 +15,7 @@ from gradcheck_cli.results import Diagnosis
 from gradcheck_cli.verdict.function_diagnosis import (
     BlockEvidence,
     diagnose_block,
+    diagnose_upstreams,
     forward_diagnosis,
     fused_loss_diagnosis,
     layout_diagnosis,
@@ -533,3 +534,60 @@ def test_the_evidence_is_left_untouched() -> None:
     before = {name: getattr(evidence, name).clone() for name in names}
     diagnose_block(evidence)
     assert all(torch.equal(before[name], getattr(evidence, name)) for name in names)
+
+
+def upstreams(got: Tensor, expected: Tensor) -> BlockEvidence:
+    """Answers [K, n] to random upstreams."""
+    return BlockEvidence(
+        got=got,
+        expected=expected,
+        bound=32 * UNIT[torch.float64] * (expected.abs() + 1e-3),
+        rows=torch.arange(got.shape[0]),
+        columns=torch.arange(got.shape[1]),
+        input_shape=(got.shape[1],),
+        output_shape=(got.shape[0],),
+        point=torch.zeros(got.shape[1]).double(),
+        value=torch.zeros(got.shape[0]).double(),
+        argument="x",
+        dtype="float64",
+        unit=UNIT[torch.float64],
+    )
+
+
+def test_answers_to_mixed_upstreams() -> None:
+    right = normal(8, 15)
+    assert diagnose_upstreams(upstreams((right * 1e4).round() / 1e4, right)).code == "quantised"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = diagnose_upstreams(upstreams(right.to(dtype).double(), right))
+        assert found.code == "low-precision"
+        assert str(dtype).removeprefix("torch.") in str(found.detail["dtype"])
+    assert diagnose_upstreams(upstreams(right.index_fill(1, torch.tensor([3]), math.nan), right)).code == "non-finite"
+    squared = diagnose_upstreams(upstreams(right * right.abs(), right))
+    assert squared.code == "unrecognised"
+    assert "not linear in the upstream" in squared.message
+    assert "elsewhere" in diagnose_upstreams(upstreams(right, right)).message
+
+
+def test_cancellation_in_a_narrower_dtype_is_known_by_its_numbers_only() -> None:
+    right = normal(8, 15)
+    spread = torch.where(torch.arange(15) == 7, 100 * 2.0**-8, 0.5 * 2.0**-8) * right.sign()
+    off = right + spread * right.abs().amax(1, keepdim=True) / 64 * normal(8, 15, seed=1).sign()
+    rounded = off.bfloat16().double()
+    assert diagnose_upstreams(upstreams(rounded, right)).code == "low-precision"
+    assert diagnose_upstreams(upstreams(off, right)).code == "unrecognised"
+
+
+def test_errors_of_one_sign_are_no_noise() -> None:
+    right = normal(8, 15)
+    size = 2.0**-12 * right.abs() * (1 + normal(8, 15, seed=1).abs())
+    signs = normal(8, 15, seed=2).sign()
+    assert diagnose_upstreams(upstreams(right + size * signs, right)).code == "low-precision"
+    assert diagnose_upstreams(upstreams(right + size, right)).code == "unrecognised"
+
+
+def test_a_run_of_whole_slices_is_no_index_range_when_nearly_all_are_wrong() -> None:
+    k = known("softmax", 0)
+    keep = torch.zeros(3, 5).double()
+    keep[0] = 1
+    most = k.jacobian * (1 + 0.3 * normal(15, 15, seed=5) * (1 - keep.flatten())[:, None])
+    assert diagnose_block(evidence_of(k, most)).code != "index-range"

@@ -229,9 +229,14 @@ class LawChecks:
             message = f"{diagnosis.message} It follows from the wrong gradient: {known.message}"
             message = diagnosis.message if known.code == diagnosis.code else message
             diagnosis = replace(known, message=message)
-        elif diagnosis.code == "upstream-ignored" and self._checks.setting.matrix.shape[1] == 1:
+        elif self._may_be_fused(diagnosis):
             diagnosis = replace(diagnosis, detail={"alternatives": f"fused-loss: {FUSED_LOSS}"})
         return under_its_name(result, diagnosis, self._checks.plan.allow)
+
+    def _may_be_fused(self, diagnosis: Diagnosis) -> bool:
+        """Whether all of the upstream of a single number is ignored: a loss that is meant to be the last thing."""
+        whole = diagnosis.code == "upstream-ignored" and "zero_response" not in diagnosis.detail
+        return whole and self._checks.setting.matrix.shape[1] == 1
 
     def _random_state(self) -> CheckResult | None:
         """Global generators are drawn from, not reset."""

@@ -17,7 +17,7 @@ from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.bypass import function_classes
 from gradcheck_cli.program.in_place import InPlaceWatch
-from gradcheck_cli.program.stage import copy_of
+from gradcheck_cli.program.stage import copy_of, handed_gradient
 from gradcheck_cli.results import CheckResult, Diagnosis
 from gradcheck_cli.verdict.function_diagnosis import layout_diagnosis
 
@@ -124,6 +124,8 @@ class LayoutChecks:
         diagnosis = None
         if miss.ratio > 1 and self._wavers(dense, self._upstream()):
             return skipped(row, _WAVERS)
+        if miss.ratio > 1 and self._setting.program.draws:
+            return skipped(row, "random numbers are drawn in memory order, so that another layout draws others")
         if miss.ratio > 1 and self._reads_storage():
             return skipped(row, "torch.as_strided reads memory in storage order on purpose")
         if miss.ratio > 1:
@@ -165,12 +167,8 @@ class LayoutChecks:
         leaves = [value.detach().requires_grad_() for value in point]
         with torch.enable_grad():
             outputs = stage.outputs([leaf.view_as(leaf) for leaf in leaves])
-        attached = [(o, w.to(o.dtype)) for o, w in zip(outputs, upstream, strict=True) if o.requires_grad]
-        if not attached:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        tops, given = zip(*attached, strict=True)
         with stage.scope(), stage.program.code.running():
-            gradient = torch.autograd.grad(tops, leaves, given, allow_unused=True)
+            gradient = handed_gradient(outputs, leaves, upstream)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(gradient, leaves, strict=True)]
 
     def _tolerance(self, expected: Gradient) -> Gradient:

@@ -142,7 +142,7 @@ class SecondOrderChecks:
         )
         size = float(slopes.value.abs().nan_to_num().max())
         at = int(slopes.value.abs().nan_to_num().argmax())
-        natural = max(size, float(center.abs().nan_to_num().max()))
+        natural = max(size, float(center.abs().nan_to_num().max()), *self._checks.natural)
         vanished = bool((got == 0).all()) and size > _NATURAL * natural
         return miss, [Seen(argument=-1, size=size, bound=float(bound[at]), natural=natural)], vanished
 
