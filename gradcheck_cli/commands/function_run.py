@@ -13,6 +13,7 @@ from torch import Tensor
 from gradcheck_cli import __version__
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.function import FunctionCheck, FunctionPlan
+from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.devices import device_label, resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import UserCode
@@ -274,7 +275,7 @@ def _facts(program: Program, check: FunctionCheck) -> tuple[tuple[str, str], ...
 
 
 def _where(name: str, file: str | None, line: int | None) -> str:
-    return f"{name} ({file}:{line})" if file else name
+    return f"{name} ({shown_path(file)}:{line})" if file else name
 
 
 def _shape(value: Tensor) -> str:

@@ -14,6 +14,7 @@ from gradcheck_cli.checks.function.plan import Advance, FunctionPlan, no_progres
 from gradcheck_cli.checks.function.second_order import SecondOrderChecks
 from gradcheck_cli.checks.function.self_test import SelfTest
 from gradcheck_cli.checks.function.setting import Setting, make_setting
+from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.program.program import Program
 from gradcheck_cli.results import CheckResult, Verdict
 from gradcheck_cli.verdict.stream import SMALL_ARRAY, one_thread_per_kernel
@@ -96,7 +97,7 @@ class FunctionCheck:
                     }
                 )
             )
-            found.append(f"the function narrows float64 inside ({places}); the float64 twin keeps it wide")
+            found.append(f"the function narrows inside ({places}); the float64 twin keeps it wide")
         if setting.no_twin:
             found.append(f"no float64 twin: {setting.no_twin}; judged at its own precision")
         if setting.left_out:
@@ -107,4 +108,4 @@ class FunctionCheck:
 
 
 def _at(place: str) -> str:
-    return f" at {place}" if place else ""
+    return f" at {shown_path(place)}" if place else ""

@@ -1,5 +1,8 @@
 """Places and problems in words."""
 
+import contextlib
+from pathlib import Path
+
 from torch import Tensor
 
 
@@ -20,3 +23,10 @@ def first_line(problem: BaseException) -> str:
     """The first line of an exception from the code under test, without our own words around it."""
     cause = problem.__cause__ or problem
     return next(iter(str(cause).splitlines()), type(cause).__name__)
+
+
+def shown_path(place: str) -> str:
+    """A file (with or without a line behind it) as seen from the current folder, where that is shorter."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(place).relative_to(Path.cwd()))
+    return place
