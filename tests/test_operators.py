@@ -8,6 +8,7 @@ import torch
 
 from gradcheck_cli.checks.function import FunctionCheck, FunctionPlan
 from gradcheck_cli.program.build import make_program
+from gradcheck_cli.program.rounding import measured_spread
 from gradcheck_cli.results import CheckResult, Verdict
 from tests.operators import FOUND, SPREAD, OperatorCase, operator_cases
 
@@ -68,3 +69,22 @@ def test_what_is_wrong_in_torch_is_found(name: str) -> None:
             verdicts["forward" if _is_forward_mode(row) else "reverse"].add(row.verdict)
     assert Verdict.FAIL in verdicts["forward"]
     assert (Verdict.FAIL in verdicts["reverse"]) is not found.forward_mode_only
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_statistics_a_function_holds_are_not_rounded(training: bool) -> None:
+    """Perturbed runs write into running statistics; what they leave must be what plain calls leave."""
+    mean, variance = torch.tensor([3.5, 2.4], dtype=torch.float64), torch.tensor([1.8, 2.1], dtype=torch.float64)
+    x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run() -> list[torch.Tensor]:
+        return [torch.nn.functional.batch_norm(x, mean, variance, training=training)]
+
+    before = mean.clone(), variance.clone()
+    run()
+    once = mean.clone(), variance.clone()
+    mean.copy_(before[0])
+    variance.copy_(before[1])
+    measured_spread(run, unit=2.0**-24)  # one plain run, eight perturbed ones
+    assert torch.equal(mean, once[0])
+    assert torch.equal(variance, once[1])

@@ -180,11 +180,14 @@ class _Samples:
     def sample(self, number: int, *, operands: bool) -> Sequence[Tensor] | None:
         """One perturbed run; None if it raised, as at the edge of a domain it may."""
         noise = _Noise(seed=self.seed * 1_000_003 + number + 1, subnormal=self.subnormal, unit=self.unit)
+        perturbed = _Perturbed(self.unit, noise, operands=operands)
         try:
-            with self._twin(), _same_random_state(self.seed), _Perturbed(self.unit, noise, operands=operands):
-                return tuple(self.run())
+            with self._twin(), _same_random_state(self.seed), perturbed:
+                return tuple(value.detach().clone() for value in self.run())
         except (SoftcheckError, RuntimeError, ValueError, ArithmeticError):  # linalg's errors are RuntimeErrors
             return None
+        finally:
+            perturbed.put_back()
 
     def _twin(self) -> contextlib.AbstractContextManager[object]:
         return Float64Twin(native=self.twin) if self.twin is not None else contextlib.nullcontext()
@@ -260,12 +263,34 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         self._unit = unit
         self._noise = noise
         self._operands = operands
+        self._own: set[int] = set()  # storages made while active
+        self._foreign: dict[int, tuple[Tensor, Tensor]] = {}  # those of the caller that are written, and copies
+
+    def put_back(self) -> None:
+        """Give tensors from outside the run (running statistics, counters) the numbers they had before it."""
+        with torch.no_grad():
+            for tensor, before in self._foreign.values():
+                tensor.copy_(before)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operator with its rounding."""
         kwargs = kwargs or {}
+        self._remember(_written(func, args, kwargs))
+        result = self._dispatched(func, args, kwargs)
+        if not _is_view(func):
+            self._own.update(_storages(result) - set(self._foreign) - _storages((args, kwargs)))
+        return result
+
+    def _remember(self, written: list[Tensor]) -> None:
+        for value in written:
+            if value.layout is torch.strided and not value.is_meta and not value._is_zerotensor():
+                (storage,) = _storages(value)
+                if storage not in self._own and storage not in self._foreign:
+                    self._foreign[storage] = (value, value.detach().clone())
+
+    def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cast = _cast_unit(func, args, kwargs)
         kind = rounding(func, args)
         if cast:
@@ -281,7 +306,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         written = _written(func, args, kwargs)
         if kind is Rounding.RESULT or not self._operands:
             result = func(*args, **kwargs)
-            self._rounded(written or numbers(func, result), self._unit)
+            self._rounded(_unique(written, numbers(func, result)), self._unit)
             return result
         inner = inner_unit(func, args, kind, self._unit)
         scale = inner_scale(func, args)
@@ -294,7 +319,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         result = func(*args, **kwargs)
         if scale is not None and isinstance(result, Tensor):
             result.add_(self._noise.scaled(scale, 1.0).sub_(scale), alpha=self._unit)
-        self._rounded(written or numbers(func, result), math.hypot(self._unit, inner * result_growth))
+        self._rounded(_unique(written, numbers(func, result)), math.hypot(self._unit, inner * result_growth))
         return result
 
     def _by_output(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -334,6 +359,18 @@ def _is_floating(value: Any) -> bool:
     if value._is_zerotensor() or not value.numel():
         return False
     return value.is_floating_point() or value.is_complex()
+
+
+def _storages(tree: Any) -> set[int]:
+    """The memories behind the dense tensors in a tree."""
+    leaves = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return {leaf.untyped_storage()._cdata for leaf in leaves}
+
+
+def _unique(written: list[Tensor], result: Any) -> list[Tensor]:
+    """What an operator wrote and what it returned beside that, each once."""
+    found = {id(leaf): leaf for leaf in (*written, *pytree.tree_leaves(result)) if isinstance(leaf, Tensor)}
+    return list(found.values())
 
 
 def _is_view(func: Any) -> bool:

@@ -1,10 +1,9 @@
 """`softcheck function`: the value, the first derivative, the laws of gradients, the second derivative."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from gradcheck_cli.checks.function.derivative import DerivativeChecks
-from gradcheck_cli.checks.function.explain import explain
+from gradcheck_cli.checks.function.explain import explain, explain_forward_mode, under_its_name
 from gradcheck_cli.checks.function.forward import ForwardChecks
 from gradcheck_cli.checks.function.forward_mode import ForwardModeChecks
 from gradcheck_cli.checks.function.gradients import candidates
@@ -51,7 +50,7 @@ class FunctionCheck:
                 yield from SelfTest(checks).run()
                 continue
             if self.setting.program.framework == "torch" and self.setting.program.rule is None:
-                yield from ForwardModeChecks(checks).run()
+                yield from explain_forward_mode(checks, ForwardModeChecks(checks).run())
             if self.plan.laws:
                 laws = LawChecks(checks)
                 yield from laws.run()
@@ -66,16 +65,7 @@ class FunctionCheck:
                 yield result
                 continue
             diagnosis = checks.diagnosis(explain)
-            if diagnosis is None:
-                yield result
-                continue
-            alternatives = str(diagnosis.detail.get("alternatives", ""))
-            allowed = [code for code in self.plan.allow if code == diagnosis.code or code in alternatives]
-            if allowed:
-                reason = f"allowed: {allowed[0]} ({diagnosis.message})"
-                yield replace(result, verdict=Verdict.PASS, diagnosis=diagnosis, reason=reason)
-            else:
-                yield replace(result, diagnosis=diagnosis)
+            yield result if diagnosis is None else under_its_name(result, diagnosis, self.plan.allow)
 
     def cost(self) -> str:
         """How many evaluations the differences took, in words."""
