@@ -1063,7 +1063,7 @@ def test_json_has_every_field_of_the_contract(run):
     assert environment["deterministic"] is False
     assert all(set(row) >= RESULT_FIELDS for row in report["results"])
     row = found.row("hand-written backward")
-    assert set(row["worst"]) == {"index", "got", "expected", "error", "bound"}
+    assert set(row["worst"]) == {"index", "place", "got", "expected", "error", "bound"}
     assert set(row["diagnosis"]) == {"code", "message", "detail"}
     assert (row["max_error"], row["ratio"], row["worst"]["got"]) == ("inf", "inf", "nan")
     assert found.row("reverse mode")["diagnosis"] is None
