@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.checks.function.compare import Miss, against_gradient, worst
-from gradcheck_cli.checks.function.derivative import DerivativeChecks
+from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, DerivativeChecks
 from gradcheck_cli.checks.function.gradients import Gradient
 from gradcheck_cli.checks.function.laws import law_result, law_row
 from gradcheck_cli.checks.function.wording import first_line
@@ -17,7 +17,7 @@ from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.bypass import function_classes
 from gradcheck_cli.program.in_place import InPlaceWatch
-from gradcheck_cli.program.stage import copy_of, handed_gradient
+from gradcheck_cli.program.stage import copy_of, handed_gradient, widened
 from gradcheck_cli.results import CheckResult, Diagnosis
 from gradcheck_cli.verdict.function_diagnosis import layout_diagnosis
 
@@ -121,6 +121,8 @@ class LayoutChecks:
         except (SoftcheckError, RuntimeError) as problem:
             return skipped(row, f"it refuses this layout: {problem}")
         miss, _ = against_gradient([got], [expected], [self._tolerance(expected)])
+        if miss.ratio > 1 and self._setting.twin is not None:
+            miss, _ = against_gradient([got], [expected], [self._tolerance_at(dense, expected)])
         diagnosis = None
         if miss.ratio > 1 and self._wavers(dense, self._upstream()):
             return skipped(row, _WAVERS)
@@ -170,6 +172,17 @@ class LayoutChecks:
         with stage.scope(), stage.program.code.running():
             gradient = handed_gradient(outputs, leaves, upstream)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(gradient, leaves, strict=True)]
+
+    def _tolerance_at(self, point: Sequence[Tensor], expected: Gradient) -> Gradient:
+        """The same measured at these numbers, which an expanded input makes others than those of the check."""
+        checks, setting = self._checks, self._setting
+        assert setting.twin is not None
+        values = tuple(setting.twin.with_point([widened(value) for value in point]))
+        moved = replace(setting.twin, values=values)
+        unit = setting.unit if setting.is_narrow else 2.0**-53
+        measured = checks.tolerance_of(moved, unit, [expected] * len(setting.cotangents))[-1]
+        usual = self._tolerance(expected)
+        return [torch.maximum(NATIVE_SAFETY * a, b) for a, b in zip(measured, usual, strict=True)]
 
     def _tolerance(self, expected: Gradient) -> Gradient:
         """Other strides may add in another order: as much as rounding explains at the point itself."""
