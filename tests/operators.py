@@ -76,8 +76,6 @@ FOUND_IN_SECOND_ORDER = {
     "a probability of 0.001",
 }
 """Second derivatives that torch 2.13 gets wrong by more than rounding explains, and why."""
-INACCURATE_VALUES = {"polygamma.polygamma_n_0": "the samples take n = 1: a right derivative of a trigamma cut at 5e-10"}
-"""Right derivatives that are accused because the value itself, and so its differences, are off: a false alarm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.bypass import function_classes
 from gradcheck_cli.program.in_place import InPlaceWatch
+from gradcheck_cli.program.outputs import as_real
 from gradcheck_cli.program.stage import copy_of, handed_gradient, widened
 from gradcheck_cli.results import CheckResult, Diagnosis
 from gradcheck_cli.verdict.function_diagnosis import layout_diagnosis
@@ -355,7 +356,7 @@ _SAFETY = 2.0
 
 
 def _real(part: Tensor) -> Tensor:
-    return (torch.view_as_real(part) if part.is_complex() else part).to(torch.float64)
+    return as_real(part).to(torch.float64)
 
 
 def _reversed(value: Tensor) -> object:
