@@ -1,6 +1,5 @@
 """PyTorch: tensors on any device, reverse and forward mode through its public functions."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradcheck_cli.backends.base import Function, LinearMap, UnsupportedDerivative
-from gradcheck_cli.derivatives.line_sources import make_dual, tangent_of
+from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions, tangent_of
 from gradcheck_cli.errors import SoftcheckError
 
 
@@ -62,7 +61,7 @@ class TorchBackend:
             except NotImplementedError:  # an operator without a forward formula of its own
                 pass
             try:
-                return _jvp(function, point, tangent, _make_dual_with_decompositions)
+                return _jvp(function, point, tangent, make_dual_with_decompositions)
             except NotImplementedError as reason:
                 raise UnsupportedDerivative(str(reason).splitlines()[0]) from reason
 
@@ -80,11 +79,3 @@ def _jvp(function: Function, point: Tensor, tangent: Tensor, make: Callable[[Ten
         if not isinstance(value, Tensor):
             raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
         return tangent_of(value).clone()
-
-
-def _make_dual_with_decompositions(point: Tensor, tangent: Tensor) -> Tensor:
-    """Also loads the rules of operators without a forward formula, which takes a fifth of torch's whole import."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit.script
-        dual: Tensor = forward_ad.make_dual(point, tangent)  # type: ignore[no-untyped-call]  # in torch
-    return dual

@@ -214,7 +214,10 @@ class DerivativeChecks:
         dtype = torch.float64 if unit == 2.0**-53 else self.setting.narrowest
         least = floor_of(gradients, dtype=dtype)
         if self.setting.twin is None or self.setting.program.framework != "torch":
-            return [[_ULPS_WITHOUT_TWIN * part for part in one] for one in least]
+            return [
+                [_ULPS_WITHOUT_TWIN * (own + unit * _largest_entry(part)) for own, part in zip(mine, one, strict=True)]
+                for mine, one in zip(least, gradients, strict=True)
+            ]
         source = plain_autodiff if self.setting.program.rule is None else reverse_mode
         sources = [source, self.candidate.source]
         for position, one in enumerate(sources):
@@ -535,6 +538,12 @@ class DerivativeChecks:
         if entry is None:
             return f"{name} along a random direction"
         return f"{name}{entry_name(entry, value)}"
+
+
+def _largest_entry(part: Tensor) -> float:
+    """What the rounding of an entry is relative to where terms of the others' size cancel in it."""
+    size = as_real(part).to(torch.float64).abs().nan_to_num(posinf=0.0)
+    return float(size.max()) if size.numel() else 0.0
 
 
 def _only_entry(direction: Tensor) -> int | None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,7 +21,7 @@ from gradcheck_cli.checks.function.derivative import DerivativeChecks
 from gradcheck_cli.checks.function.slopes import Slopes, project_tangent, project_tolerance_of_tangent
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
-from gradcheck_cli.derivatives.line_sources import make_dual, tangent_of
+from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions, tangent_of
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.stage import Stage, copy_of
 from gradcheck_cli.results import Checked, CheckResult, Verdict
@@ -38,7 +37,7 @@ def tangents(stage: Stage, direction: Sequence[Tensor]) -> list[Tensor]:
     except NotImplementedError as problem:
         if "custom autograd.Function" in str(problem):  # no rule of torch's own will help
             raise
-        return _tangents(stage, direction, _with_decompositions)
+        return _tangents(stage, direction, make_dual_with_decompositions)
 
 
 def _tangents(stage: Stage, direction: Sequence[Tensor], make: object) -> list[Tensor]:
@@ -49,13 +48,6 @@ def _tangents(stage: Stage, direction: Sequence[Tensor], make: object) -> list[T
             for value, step in zip(stage.point, direction, strict=True)
         ]
         return [tangent_of(output).clone() for output in stage.outputs(duals)]
-
-
-def _with_decompositions(point: Tensor, tangent: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own use of torch.jit.script
-        dual: Tensor = forward_ad.make_dual(point, tangent)  # type: ignore[no-untyped-call]  # in torch
-    return dual
 
 
 class ForwardModeChecks:

@@ -77,7 +77,7 @@ class Setting:
         return _split(vector, self.native_value)
 
 
-def make_setting(program: Program, *, seed: int, every_output: bool = False) -> Setting:
+def make_setting(program: Program, *, seed: int) -> Setting:
     """Runs the program once in each precision. Raises SoftcheckError where nothing can be differentiated."""
     for argument in program.arguments:
         if argument.value.layout is not torch.strided:
@@ -96,7 +96,7 @@ def make_setting(program: Program, *, seed: int, every_output: bool = False) -> 
     downcasts = observed.downcasts
     narrowest = _narrowest([*program.varied_values(), *native_value], extra=[found.dtype for found in downcasts])
     twin, twin_value, reason = _twin(native, native_value, observed, narrowest)
-    cotangents = _cotangents(native_value, seed, every_output=every_output)
+    cotangents = _cotangents(native_value, seed)
     return Setting(
         native=native,
         twin=twin,
@@ -228,14 +228,14 @@ def _in_float64(twin: Stage, native_value: Sequence[Tensor]) -> tuple[list[Tenso
     return found, ""
 
 
-def _cotangents(values: Sequence[Tensor], seed: int, *, every_output: bool) -> list[list[Tensor]]:
+def _cotangents(values: Sequence[Tensor], seed: int) -> list[list[Tensor]]:
     """Unit vectors where there are few outputs, otherwise Gaussian ones; zero where the output is not finite."""
     finite = torch.isfinite(real_vector([value.detach() for value in values]))
     size = finite.numel()
     places = finite.nonzero().flatten().tolist()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 17)
     vectors: list[Tensor] = []
-    if size <= UNIT_COTANGENTS or every_output:
+    if size <= UNIT_COTANGENTS:
         for place in places:
             unit = torch.zeros(size, dtype=torch.float64)
             unit[place] = 1.0
