@@ -192,16 +192,17 @@ def textbook_cross_entropy(x, target, axis=-1):
     return -textbook_log_softmax(x, axis).gather(axis, target[:, None]).mean()
 
 
-@pytest.mark.parametrize("n", [2, 7, 257, 2050])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [(dtype, n) for dtype in DTYPES for n in (2, 7, 257, 2050) if n < 1000 or torch.finfo(dtype).bits > 16],
+    ids=str,
+)
 @pytest.mark.parametrize("impl", [textbook_softmax, textbook_log_softmax, textbook_logsumexp, textbook_cross_entropy])
 def test_a_shift_that_is_differentiated_as_well_is_no_mistake(impl, dtype, n):
     """Autodiff of textbook code sends the sum of a line of J, all rounding, to the largest score.
 
-    In half precision its quotient s / Σ underflows on long rows, which is a mistake indeed.
+    Long rows are left out in half precision: its quotient s / Σ underflows there, which is a mistake indeed.
     """
-    if n > 1000 and torch.finfo(dtype).bits == 16:
-        return
     name = impl.__name__.removeprefix("textbook_")
     for values in ("normal", "tied", "large100"):
         problem = problem_of(scores(values, (3, n), dtype, seed=n), name)
