@@ -282,7 +282,8 @@ class DerivativeChecks:
             yield skipped(row, f"{label} cannot be differentiated: {first_line(problem)}")
             return
         if not self._confirmed(expected):
-            yield skipped(row, f"{label} is not made of differentiable operations: the differences contradict it")
+            why = "is another function" if self.plan.reference else "is not made of differentiable operations"
+            yield skipped(row, f"{label} {why}: the differences contradict its gradient")
             return
         self.trusted = Trusted(gradients=expected, reference=label, source=source, stage=stage)
         allowed = [[NATIVE_SAFETY * part for part in one] for one in self.tolerance]
