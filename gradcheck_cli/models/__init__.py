@@ -1,0 +1,1 @@
+"""From a checkpoint to a model that can be run: architecture, inputs, targets and loss."""
