@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class Verdict(StrEnum):
@@ -106,6 +107,26 @@ class Picture:
     caption: str = ""
 
 
+ModuleMark = Literal["pass", "fail", "fault", "unknown"]
+"""What is known of a module: its gradient is right; it is wrong because of a module inside or elsewhere; it is the
+first whose own gradient is wrong; it was not checked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleNode:
+    """A module of a model with the modules inside it.
+
+    `name` is the qualified name as in `named_modules()` ("" for the model itself), `kind` the name of its class and
+    `note` a sentence about it, or nothing.
+    """
+
+    name: str
+    kind: str
+    mark: ModuleMark = "unknown"
+    note: str = ""
+    children: tuple["ModuleNode", ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """All results of one command, with what is needed to read and repeat them.
@@ -113,6 +134,8 @@ class Report:
     `subject` names what was checked in one line; `facts` are ordered (label, value) pairs about the problem
     (shape, dtype, axis, coverage …); `environment` holds versions, the device that really ran, determinism
     flags and the seed; `notes` are sentences that the user must know (a converted dtype, a masked row).
+    `sections` are the groups whose rows are shown one by one under a heading; rows of any other group are counted.
+    `tree` says which module of a model is wrong; `interrupted` that the results are those before Ctrl-C.
     """
 
     command: str
@@ -122,16 +145,20 @@ class Report:
     environment: Mapping[str, str | int | bool] = field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+    tree: ModuleNode | None = None
+    interrupted: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict of all results; a report in which nothing ran is an error, never a pass."""
-        return worst_verdict(result.verdict for result in self.results)
+        """The worst verdict of all results; never a pass when nothing ran or not everything was waited for."""
+        worst = worst_verdict(result.verdict for result in self.results)
+        return Verdict.INCONCLUSIVE if self.interrupted and worst is Verdict.PASS else worst
 
     @property
     def exit_code(self) -> int:
-        """The exit code of the contract: 0 pass, 1 fail, 2 not verified, 3 inconclusive."""
-        return EXIT_CODES[self.verdict]
+        """The exit code of the contract: 0 pass, 1 fail, 2 not verified, 3 inconclusive, 130 interrupted."""
+        return EXIT_INTERRUPTED if self.interrupted else EXIT_CODES[self.verdict]
 
 
 EXIT_CODES = {

@@ -27,6 +27,7 @@ from gradcheck_cli.program.kernels import (
     rounding,
     sum_length,
 )
+from gradcheck_cli.program.operators import is_view, written_tensors
 from gradcheck_cli.program.twin import Float64Twin
 
 SAFETY = 4.0
@@ -277,9 +278,9 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
     ) -> Any:
         """Run one operator with its rounding."""
         kwargs = kwargs or {}
-        self._remember(_written(func, args, kwargs))
+        self._remember(written_tensors(func, args, kwargs))
         result = self._dispatched(func, args, kwargs)
-        if not _is_view(func):
+        if not is_view(func):
             self._own.update(_storages(result) - set(self._foreign) - _storages((args, kwargs)))
         return result
 
@@ -295,7 +296,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         kind = rounding(func, args)
         if cast:
             return self._rounded(func(*args, **kwargs), cast)
-        if kind is Rounding.NONE or _is_view(func):
+        if kind is Rounding.NONE or is_view(func):
             return func(*args, **kwargs)
         if func._overloadpacket.__name__ in ("convolution_backward", "native_layer_norm_backward"):
             return self._by_output(func, args)
@@ -303,7 +304,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], *, kind: Rounding, length: float) -> Any:
         """An operator with its operands and results perturbed as its class asks."""
-        written = _written(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         if kind is Rounding.RESULT or not self._operands:
             result = func(*args, **kwargs)
             self._rounded(_unique(written, numbers(func, result)), self._unit)
@@ -371,23 +372,6 @@ def _unique(written: list[Tensor], result: Any) -> list[Tensor]:
     """What an operator wrote and what it returned beside that, each once."""
     found = {id(leaf): leaf for leaf in (*written, *pytree.tree_leaves(result)) if isinstance(leaf, Tensor)}
     return list(found.values())
-
-
-def _is_view(func: Any) -> bool:
-    """Whether the result shares memory with an argument that is not written."""
-    return any(
-        returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns
-    )
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the operator writes in place, by its schema."""
-    if not func._schema.is_mutable:
-        return []
-    schema = {argument.name: argument for argument in func._schema.arguments}
-    pairs = [*zip(schema.values(), args, strict=False), *((schema[name], value) for name, value in kwargs.items())]
-    targets = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
-    return [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
 
 
 def _cast_unit(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -1,10 +1,8 @@
 """The float64 twin: the user's program run without any step that narrows float64."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_TORCH = str(Path(torch.__file__).parent)
+from gradcheck_cli.program.operators import is_view, place_of_caller
+
 _DISCRETE = frozenset(["bernoulli", "poisson", "binomial"])
 
 
@@ -66,7 +65,7 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self._log.look(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        if _is_view(func):
+        if is_view(func):
             return func(*args, **kwargs)
         args, kwargs = _arguments(func, args, kwargs, self._replaced)
         with _default_dtype(torch.float64):
@@ -216,7 +215,7 @@ class _Log:
         """Log the operator if it narrows an operand."""
         target = _narrowed_to(func, args, kwargs)
         if target is not None:
-            key = (str(func._overloadpacket), target, _place())
+            key = (str(func._overloadpacket), target, place_of_caller())
             self._counts[key] = self._counts.get(key, 0) + 1
 
 
@@ -238,30 +237,6 @@ def _bits(dtype: torch.dtype) -> float:
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0
     return -torch.finfo(dtype).eps + 8 * dtype.itemsize / (2 if dtype.is_complex else 1)
-
-
-def _place() -> str:
-    """file:line of the innermost frame outside PyTorch and this package; "" if the package called PyTorch itself."""
-    own = str(Path(__file__).parent.parent)
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((__file__, _TORCH, "<")):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None or frame.f_code.co_filename.startswith(own) or _in_engine():
-        return ""
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _in_engine() -> bool:
-    """Whether the autograd engine runs a node of its own, so that the frame outside PyTorch is its caller's."""
-    node = torch._C._current_autograd_node()
-    return node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def _is_view(func: Any) -> bool:
-    """Whether the result shares memory with an argument that is not written."""
-    return any(
-        returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns
-    )
 
 
 def _arguments(

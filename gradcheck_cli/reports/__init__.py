@@ -11,13 +11,14 @@ class Look:
     """Everything outside the report that its text depends on.
 
     `width` counts terminal cells, `unicode` is False where only ASCII can be shown, and `exit_code` is the
-    one that the process will really return.
+    one that the process will really return. `show_all` folds no passing rows into a count.
     """
 
     width: int = 120
     color: bool = False
     unicode: bool = True
     exit_code: int
+    show_all: bool = False
 
 
 def render(name: str, report: Report, *, look: Look) -> str:
@@ -28,7 +29,14 @@ def render(name: str, report: Report, *, look: Look) -> str:
 def _table(report: Report, look: Look) -> str:
     from gradcheck_cli.reports.table import render_table
 
-    return render_table(report, width=look.width, color=look.color, unicode=look.unicode, exit_code=look.exit_code)
+    return render_table(
+        report,
+        width=look.width,
+        color=look.color,
+        unicode=look.unicode,
+        exit_code=look.exit_code,
+        show_all=look.show_all,
+    )
 
 
 def _concise(report: Report, look: Look) -> str:

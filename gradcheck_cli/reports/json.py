@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 
 from gradcheck_cli import __version__
-from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, Report, json_number
+from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, ModuleNode, Report, json_number
 
 SCHEMA = 1
 
@@ -13,9 +13,9 @@ def render_json(report: Report, *, exit_code: int | None = None) -> str:
     """The report as strict JSON in ASCII, so that every consumer and every output encoding can take it.
 
     `exit_code` is the one that the process returns, by default the report's own. Numbers that are not finite
-    are strings.
+    are strings. The keys `modules` (the tree of a model's modules) and `interrupted` are there only where they apply.
     """
-    content = {
+    content: dict[str, object] = {
         "schema": SCHEMA,
         "softcheck": __version__,
         "command": report.command,
@@ -27,7 +27,21 @@ def render_json(report: Report, *, exit_code: int | None = None) -> str:
         "environment": dict(report.environment),
         "results": [_result(result) for result in report.results],
     }
+    if report.tree is not None:
+        content["modules"] = _module(report.tree)
+    if report.interrupted:
+        content["interrupted"] = True
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _module(node: ModuleNode) -> dict[str, object]:
+    return {
+        "name": node.name,
+        "kind": node.kind,
+        "mark": node.mark,
+        "note": node.note or None,
+        "children": [_module(child) for child in node.children],
+    }
 
 
 def _result(result: CheckResult) -> dict[str, object]:

@@ -33,7 +33,7 @@ def result_rows(results: Sequence[CheckResult], look: Look) -> RenderableType:
     compact = _compact(results)
     if grid_width(compact, look) <= look.width:
         return grid(compact, look)
-    return _listed(results, [_label(row, results) for row in results], look)
+    return listed_rows(results, [_label(row, results) for row in results], look)
 
 
 def structure_rows(results: Sequence[CheckResult], look: Look) -> RenderableType:
@@ -49,7 +49,7 @@ def structure_rows(results: Sequence[CheckResult], look: Look) -> RenderableType
     ]
     if grid_width(columns, look) <= look.width:
         return grid(columns, look)
-    return _listed(results, properties, look)
+    return listed_rows(results, properties, look)
 
 
 def _wide(results: Sequence[CheckResult]) -> list[Column]:
@@ -89,7 +89,7 @@ def _compact(results: Sequence[CheckResult]) -> list[Column]:
     ]
 
 
-def _listed(results: Sequence[CheckResult], labels: Sequence[str], look: Look) -> RenderableType:
+def listed_rows(results: Sequence[CheckResult], labels: Sequence[str], look: Look) -> RenderableType:
     """A paragraph for each result; it fits any width."""
 
     def text(content: str, style: str = "") -> Text:

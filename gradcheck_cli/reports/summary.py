@@ -1,9 +1,10 @@
 """The sentences that the reports for people share: what a row is, and what all rows amount to."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 from gradcheck_cli.reports.numbers import count, format_number, format_place
-from gradcheck_cli.results import CheckResult, Report, Verdict
+from gradcheck_cli.results import CheckResult, ModuleNode, Report, Verdict, worst_verdict
 
 _WORDS = {
     Verdict.PASS: "pass",
@@ -20,6 +21,7 @@ _SIGNS = {
     Verdict.SKIPPED: "–",
 }
 _LONGEST_NAME = 60
+_MOST_NAMED = 3
 
 
 def signed_word(verdict: Verdict) -> str:
@@ -72,12 +74,39 @@ def numbers_of(result: CheckResult) -> list[str]:
     return parts
 
 
+def severity(row: CheckResult) -> float:
+    """How far a row is beyond its bound; one without a number is the worst."""
+    return row.ratio if row.ratio is not None and not math.isnan(row.ratio) else math.inf
+
+
+def faults(tree: ModuleNode | None) -> Iterator[ModuleNode]:
+    """The modules whose own gradient is wrong, in order."""
+    if tree is None:
+        return
+    if tree.mark == "fault":
+        yield tree
+    for child in tree.children:
+        yield from faults(child)
+
+
+def module_label(node: ModuleNode, *, inside: str = "") -> str:
+    """The module's name with its class; the name without that of the module `inside` which it is shown."""
+    name = node.name.removeprefix(f"{inside}.") if inside else node.name
+    if not name:
+        return node.kind or "the model"
+    return f"{name} ({node.kind})" if node.kind else name
+
+
 def summarize(report: Report) -> str:
     """What all rows amount to, after the verdict's word."""
+    return f"interrupted; until then {_amount(report)}" if report.interrupted else _amount(report)
+
+
+def _amount(report: Report) -> str:
     counted = {verdict: [row for row in report.results if row.verdict is verdict] for verdict in Verdict}
     ran = len(report.results) - len(counted[Verdict.SKIPPED])
     skipped = f", {len(counted[Verdict.SKIPPED]):,} skipped" if counted[Verdict.SKIPPED] else ""
-    verdict = report.verdict
+    verdict = worst_verdict(row.verdict for row in report.results)
     if not ran:
         return f"nothing was checked{skipped}"
     if verdict is Verdict.PASS:
@@ -86,7 +115,17 @@ def summarize(report: Report) -> str:
     also = f", {len(failed):,} failed" if verdict is Verdict.ERROR and failed else ""
     did = " could not run" if verdict is Verdict.ERROR else ""
     head = f"{len(counted[verdict]):,} of {count(ran, 'check')}{did}{also}{skipped}"
-    return f"{head}: {several([describe(row) for row in counted[verdict]])}"
+    wrong = [module_label(module) for module in faults(report.tree)]
+    where = f"; first wrong module: {several(wrong)}" if wrong else ""
+    return f"{head}: {_named(counted[verdict], report)}{where}"
+
+
+def _named(rows: Sequence[CheckResult], report: Report) -> str:
+    """The rows by name or, where many of them are in sections, how many are in which."""
+    if len(rows) <= _MOST_NAMED or not all(row.group in report.sections for row in rows):
+        return several([describe(row) for row in rows], shown=_MOST_NAMED)
+    numbers = [(group, sum(row.group == group for row in rows)) for group in report.sections]
+    return ", ".join(f"{number:,} in {group}" for group, number in numbers if number)
 
 
 def _weakest(rows: Sequence[CheckResult]) -> str:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, Picture, Report, Verdict
+from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, ModuleNode, Picture, Report, Verdict
 
 HOSTILE = "layers[conv1] [bold red]x[/] \x1b[31mred\x07\x9b2J\r\n\ttab \u202egnp.exe\u202c \udc80"
 NON_LATIN = "слой.注意力.ערך.🙂.weight"
@@ -193,6 +193,71 @@ MANY = report(
     pictures=(LARGE_HEAT_MAP,),
 )
 
+GROUPS = ("checkpoint", "head", "loss", "parameters", "where")
+COMMAND = "softcheck model gpt2.pt --arch net.py:GPT2 --input-shape 1,64:int:50257 --per-parameter"
+
+
+def block(number, **marks):
+    """A transformer block; `marks` by the names of its modules, "itself" for the block."""
+    path = f"transformer.h.{number}"
+    kinds = {"ln_1": "LayerNorm", "attn": "Attention", "ln_2": "LayerNorm", "mlp": "MLP"}
+    return ModuleNode(
+        name=path, kind="Block", mark=marks.get("itself", "pass"),
+        children=tuple(
+            ModuleNode(name=f"{path}.{name}", kind=kind, mark=marks.get(name, "pass"),
+                       note="its gradient for `value` is 1.00001 times the derivative" if name in marks else "")
+            for name, kind in kinds.items()
+        ),
+    )  # fmt: skip
+
+
+TREE = ModuleNode(
+    name="", kind="GPT2", mark="fail",
+    children=(
+        ModuleNode(
+            name="transformer", kind="Transformer", mark="fail",
+            children=(
+                ModuleNode(name="transformer.wte", kind="Embedding"),
+                *(block(number) for number in range(7)),
+                block(7, itself="fail", attn="fault"),
+                *(block(number) for number in range(8, 12)),
+                ModuleNode(name="transformer.ln_f", kind="LayerNorm", mark="pass"),
+            ),
+        ),
+        ModuleNode(name="lm_head", kind="Linear", mark="pass"),
+    ),
+)  # fmt: skip
+
+
+def parameter(name, *, wrong=False, **changes):
+    """A row of the parameters' section."""
+    place = Mismatch(index=(3, 2), place=f"{name}[3, 2]", got=0.50001, expected=0.5, error=1e-5, bound=1e-12)
+    changes = {"group": "parameters", "name": name, "method": "autograd vs differences", "worst": place} | changes
+    return failing(**changes, dtype="float64", diagnosis=None, rerun=COMMAND) if wrong else row(**changes)
+
+
+MODEL = report(
+    row(group="checkpoint", name="tensors", check="forward", method="tensors", max_error=None, bound=None, ratio=None,
+        detectable=None, worst=None, checked=None, dtype="",
+        reason="148 tensors, 124,439,808 numbers, all float32"),
+    row(group="head", name="softmax at the model's logits", method="closed form"),
+    row(group="head", name="saturation", method="saturation", verdict=Verdict.INCONCLUSIVE, max_error=None,
+        bound=None, ratio=None, detectable=None, worst=None, checked=None, dtype="float32",
+        reason="12 % of the rows have a gradient that underflows in float32"),
+    row(group="loss", name="dL/dlogits", method="autograd vs closed form"),
+    *(parameter(f"transformer.h.{k // 12}.attn.w{k % 12}", wrong=60 <= k < 72, ratio=k * 1e-3 + 50 * (60 <= k < 72)) for k in range(144)),
+    parameter("input", verdict=Verdict.SKIPPED, reason="token ids have no gradient"),
+    failing(group="where", name="transformer.h.7.attn", method="local check of Attention",
+            diagnosis=Diagnosis(code="scale", message="1.00001 times the derivative, in net.py:88"), rerun=COMMAND),
+    subject="gpt2.pt as net.py:GPT2",
+    command="model",
+    sections=GROUPS,
+    tree=TREE,
+)  # fmt: skip
+INTERRUPTED = replace(
+    MODEL, results=MODEL.results[:2], tree=None, interrupted=True, notes=("interrupted: 2 checks were finished",)
+)
+
 SAMPLES = {
     "passing": PASSING,
     "failing": FAILING,
@@ -203,4 +268,6 @@ SAMPLES = {
     "empty": EMPTY,
     "only_skipped": ONLY_SKIPPED,
     "many": MANY,
+    "model": MODEL,
+    "interrupted": INTERRUPTED,
 }
