@@ -53,6 +53,11 @@ COMMANDS = {
         "function",
         "Check the gradient of any differentiable function, module or custom autograd Function.",
     ),
+    "model": CommandEntry(
+        "gradcheck_cli.commands.model",
+        "model",
+        "Check the gradients of a model checkpoint, and find the first layer that is wrong.",
+    ),
     "completion": CommandEntry(
         "gradcheck_cli.commands.completion",
         "completion",

@@ -1,7 +1,8 @@
 """Options that every checking command shares."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,10 +14,52 @@ from gradcheck_cli.reports.files import check_destinations
 from gradcheck_cli.reports.output import OutputOptions, ReportFile, deliver
 from gradcheck_cli.reports.progress import Progress, progress_for
 from gradcheck_cli.reports.terminal import ColorChoice
+from gradcheck_cli.results import CheckResult
 
-__all__ = ["OutputOptions", "Progress", "debug_option", "deliver", "output_options", "progress_for"]
+__all__ = [
+    "Collected",
+    "OutputOptions",
+    "Progress",
+    "collect",
+    "debug_option",
+    "deliver",
+    "output_options",
+    "progress_for",
+]
 
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The rows of a check: all of them or, if Ctrl-C was pressed, those that were finished."""
+
+    results: tuple[CheckResult, ...]
+    interrupted: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report says about the interruption."""
+        if not self.interrupted:
+            return ()
+        checks = "1 check" if len(self.results) == 1 else f"{len(self.results):,} checks"
+        return (f"interrupted: this is what {checks} had shown until then; the others did not run",)
+
+
+def collect(results: Iterable[CheckResult]) -> Collected:
+    """The rows in order; the first Ctrl-C keeps those that are there, and a second one ends the command as ever.
+
+    Raises KeyboardInterrupt if there is no row yet to be kept.
+    """
+    kept: list[CheckResult] = []
+    try:
+        for result in results:
+            kept.append(result)
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        return Collected(results=tuple(kept), interrupted=True)
+    return Collected(results=tuple(kept))
 
 
 def debug_option(command: _Callback) -> _Callback:

@@ -33,8 +33,10 @@ class CustomFunction:
 
 
 @contextlib.contextmanager
-def bypassed() -> Iterator[list[CustomFunction]]:
+def bypassed(only: Callable[[type, tuple[Any, ...]], bool] | None = None) -> Iterator[list[CustomFunction]]:
     """Run every custom Function's forward under plain autodiff; yields those met, in order of their first call.
+
+    `only(cls, args)` is asked at every call where it is given: those for which it is False run as they are.
 
     Both styles of context, direct and earlier-bound `apply`, nested Functions, functorch transforms and operators of
     torch.library.custom_op are covered; compiled functions run eagerly, since a compiled graph has the custom
@@ -47,6 +49,9 @@ def bypassed() -> Iterator[list[CustomFunction]]:
     met: list[CustomFunction] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_registered(met))
+        if only is not None:
+            _FILTERS.append(only)
+            stack.callback(_FILTERS.remove, only)
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield met
@@ -73,6 +78,7 @@ def function_classes(outputs: Sequence[Tensor]) -> tuple[type[Function], ...]:
 
 _LOCK = threading.RLock()
 _LISTENERS: list[list[CustomFunction]] = []
+_FILTERS: list[Callable[[type, tuple[Any, ...]], bool]] = []
 
 
 @contextlib.contextmanager
@@ -108,14 +114,25 @@ def _uninstall() -> None:
 
 def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
     """What `super().apply` finds in Function.apply: the plain forward for the user's, the engine's call for others."""
-    if not _is_users(cls):
+    if not _is_users(cls) or not _wanted(cls, args):
         return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
     return _plain_forward(cls, args, kwargs)
 
 
 def _functorch_call(cls: type, *args: Any, **kwargs: Any) -> Any:
     """The same under torch.func transforms."""
-    return _plain_forward(cls, args, kwargs) if _is_users(cls) else _FUNCTORCH_CALL(cls, *args, **kwargs)
+    if not _is_users(cls) or not _wanted(cls, args):
+        return _FUNCTORCH_CALL(cls, *args, **kwargs)
+    return _plain_forward(cls, args, kwargs)
+
+
+def _wanted(cls: type, args: tuple[Any, ...]) -> bool:
+    return all([choose(cls, args) for choose in _FILTERS])  # every one is asked: they also take notes
+
+
+def described(cls: type) -> CustomFunction:
+    """A Function's name and place."""
+    return _described(cls)
 
 
 def _is_users(cls: type) -> bool:

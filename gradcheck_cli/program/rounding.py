@@ -38,6 +38,8 @@ _PRIOR_WEIGHT = 4.0
 """How many samples the neighbours' mean square counts for beside an entry's own."""
 _LAST_PLACES = 3.0
 """Units of roundoff of the entry itself that are always allowed: a library function good to one and a half ulp."""
+_BLOCK = 262_147
+"""Random factors drawn for a tensor; a larger one repeats them (a prime number: rows do not get the same ones)."""
 _SHORT_AXIS = 4
 """An axis with fewer entries gives no mean to speak of."""
 
@@ -110,6 +112,24 @@ def measured_spread(
         complete=not how,
         how="; ".join(how),
     )
+
+
+@contextlib.contextmanager
+def rounding_played(*, unit: float, seed: int) -> Iterator[float]:
+    """Every operation inside rounds at random with this unit roundoff, forward and backward, as `measured_spread` says.
+
+    Yields the factor by which deviations are larger than those of the unit (units below MEASURING_UNIT would be lost
+    in float64). For runs whose results are too large to keep; the caller starts them from the same random numbers.
+    Tensors from outside that are written get their numbers back.
+    """
+    scale = max(1.0, MEASURING_UNIT / unit)
+    noise = _Noise(seed=seed, subnormal=_subnormal(unit) if scale == 1.0 else 0.0, unit=unit * scale)
+    mode = _Perturbed(unit * scale, noise, operands=True)
+    try:
+        with mode:
+            yield scale
+    finally:
+        mode.put_back()
 
 
 def tolerance(spread: Spread, *values: Tensor, unit: float) -> tuple[Tensor, ...]:
@@ -247,8 +267,13 @@ class _Noise:
     def _factor(self, value: Tensor, unit: float) -> Tensor:
         if value.device not in self._generators:
             self._generators[value.device] = torch.Generator(value.device).manual_seed(self._seed)
-        factor = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        return factor.uniform_(1 - unit, 1 + unit, generator=self._generators[value.device])
+        generator = self._generators[value.device]
+        if value.numel() <= _BLOCK:
+            factor = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            return factor.uniform_(1 - unit, 1 + unit, generator=generator)
+        block = torch.empty(_BLOCK, dtype=value.dtype, device=value.device)
+        block.uniform_(1 - unit, 1 + unit, generator=generator)
+        return block.repeat(-(-value.numel() // _BLOCK))[: value.numel()].view(value.shape)
 
 
 class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types for it

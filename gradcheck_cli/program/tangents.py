@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,7 @@ from gradcheck_cli.program.operator_slopes import operator_tangents
 from gradcheck_cli.program.operators import is_view, place_of_caller, tensors_in, written_tensors
 
 _PURGE_EVERY = 256
+_CONVERSIONS = frozenset(["numpy", "__array__", "tolist", "__dlpack__", "data_ptr"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +85,19 @@ class TrueTangents(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         if not moving or is_view(func):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            if bool(next(iter(moving.values())) != 0):
-                self._escapes[Escape(operator="item", place=place_of_caller())] = None
+            self.note_escape(args[0], "item")
             return func(*args, **kwargs)
         self._purge()
         call = _Call(self, func, args, kwargs, moving)
         return pytree.tree_map(call.plain, call.run())
+
+    def note_escape(self, tensor: Tensor, operator: str) -> None:
+        """Remember that the tensor's numbers leave PyTorch here, if they move."""
+        own = self.of(tensor)
+        with torch._C._DisableTorchDispatch():
+            moves = own is not None and bool((own != 0).any())
+        if moves:
+            self._escapes[Escape(operator=operator, place=place_of_caller())] = None
 
     def _purge(self) -> None:
         self._calls += 1
@@ -115,6 +124,23 @@ class TrueTangents(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         view = self.of(tensor)
         assert view is not None
         view.copy_(tangent)
+
+
+class EscapeWatch(TorchFunctionMode):
+    """Beside TrueTangents: notices numbers that leave by conversions that are no operators (NumPy, lists)."""
+
+    def __init__(self, tangents: TrueTangents) -> None:
+        super().__init__()
+        self._tangents = tangents
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function of torch."""
+        name = getattr(func, "__name__", "")
+        if name in _CONVERSIONS and isinstance(args[0] if args else None, Tensor):
+            self._tangents.note_escape(args[0], name.strip("_"))
+        return func(*args, **(kwargs or {}))
 
 
 class _Call:

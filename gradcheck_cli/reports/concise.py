@@ -1,6 +1,7 @@
 """The report as one line per problem, for logs and for grep."""
 
 from gradcheck_cli.reports.escape import escape
+from gradcheck_cli.reports.numbers import count
 from gradcheck_cli.reports.summary import describe, faults, module_label, numbers_of, summarize
 from gradcheck_cli.results import CheckResult, Report, Verdict
 
@@ -14,7 +15,7 @@ def render_concise(report: Report, *, unicode: bool = True) -> str:
     """
     lines = [_line(result) for result in report.results if result.verdict in _REPORTED]
     if lines and report.interrupted:
-        lines.append(f"interrupted: {report.subject}: {summarize(report)}")
+        lines.append(f"interrupted: {report.subject}: {count(len(report.results), 'check')} until then")
     lines += [
         f"fault: {module_label(module)}{f': {module.note}' if module.note else ''}" for module in faults(report.tree)
     ]

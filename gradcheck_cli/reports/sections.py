@@ -12,7 +12,7 @@ from gradcheck_cli.reports.grid import GAP, Column, Lines, grid, grid_width
 from gradcheck_cli.reports.groups import grouped
 from gradcheck_cli.reports.numbers import MISSING, format_number, format_place, format_seconds
 from gradcheck_cli.reports.rows import VERDICT_STYLES, listed_rows
-from gradcheck_cli.reports.summary import severity, shorten, signed_word
+from gradcheck_cli.reports.summary import method_of, severity, shorten, signed_word
 from gradcheck_cli.results import CheckResult, Verdict
 
 _MOST_ROWS = 20
@@ -26,11 +26,12 @@ _LENGTHS = (60, 44, 32)
 class _Section:
     """A heading, the rows shown below it and a line about those that are not.
 
-    `shared` is how all rows were computed, where that is the same and the rows need not say it.
+    `hows` says of each row how it was computed; `shared` says it of all, where it is the same and `hows` are empty.
     """
 
     title: str
     rows: tuple[CheckResult, ...]
+    hows: tuple[str, ...]
     folded: Lines = ()
     shared: str = ""
 
@@ -41,7 +42,8 @@ def section_rows(results: Sequence[CheckResult], sections: Sequence[str], look: 
     shown = [_folded(title, groups[title], look) for title in sections if title in groups]
     worst = _worst(results)
     if worst and max(map(len, groups.values())) > _MOST_ROWS:
-        shown.append(_Section(title="worst (repeated)", rows=worst))
+        hows = tuple("" if _shared(groups[row.group]) else _how(row) for row in worst)
+        shown.append(_Section(title="worst (repeated)", rows=worst, hows=hows))
     for columns in _layouts(shown):
         for gap in (GAP, 1):
             if grid_width(columns, look, gap=gap) <= look.width:
@@ -64,7 +66,7 @@ def _layouts(sections: Sequence[_Section]) -> Iterator[list[Column]]:
 def _folded(title: str, rows: Sequence[CheckResult], look: Look) -> _Section:
     """All rows if they are few; else those that did not pass and the first of the others."""
     if look.show_all or len(rows) <= _MOST_ROWS:
-        return _Section(title=title, rows=tuple(rows), shared=_shared(rows))
+        return _section(title, rows, shared=_shared(rows))
     room = max(_MOST_ROWS - sum(row.verdict not in _FOLDED for row in rows), _MOST_ROWS // 4)
     kept: list[CheckResult] = []
     counts = dict.fromkeys(_FOLDED, 0)
@@ -78,7 +80,12 @@ def _folded(title: str, rows: Sequence[CheckResult], look: Look) -> _Section:
             counts[row.verdict] += 1
     told = ", ".join(f"{number:,} {_FOLDED[verdict]}" for verdict, number in counts.items() if number)
     folded = (f"  … and {told}", "    (all with --show-all)") if told else ()
-    return _Section(title=title, rows=tuple(kept), folded=folded, shared=_shared(rows))
+    return _section(title, kept, shared=_shared(rows), folded=folded)
+
+
+def _section(title: str, rows: Sequence[CheckResult], *, shared: str, folded: Lines = ()) -> _Section:
+    hows = tuple("" if shared else _how(row) for row in rows)
+    return _Section(title=title, rows=tuple(rows), hows=hows, shared=shared, folded=folded)
 
 
 def _shared(rows: Sequence[CheckResult]) -> str:
@@ -96,10 +103,9 @@ def _worst(results: Sequence[CheckResult]) -> tuple[CheckResult, ...]:
 def _wide(sections: Sequence[_Section], longest: int, *, with_place: bool) -> list[Column]:
     """One line for each row."""
     rows = _rows(sections)
-    alone = [row for section in sections if not section.shared for row in section.rows]
-    told = set(map(id, alone))
+    methods = tuple((how,) for section in sections for how in section.hows)
     columns = [
-        Column(head=("method",), cells=tuple((_how(row) if id(row) in told else "",) for row in rows), least=14),
+        Column(head=("method",), cells=methods, least=14),
         _numbers(("largest", "error"), [row.max_error for row in rows]),
         Column(head=("where",), cells=tuple((_place(row),) for row in rows), least=8),
         _numbers(("bound",), [row.bound for row in rows]),
@@ -147,9 +153,9 @@ def _names_and_methods(sections: Sequence[_Section], longest: int) -> Column:
     """The rows' names; below them how they were computed, where the heading does not say it."""
     cells: list[Lines] = []
     for section in sections:
-        for row in section.rows:
-            how = "" if section.shared else shorten(_how(row), longest=longest - 2)
-            cells.append((_name(row, longest), f"    {how}") if how else (_name(row, longest),))
+        for row, how in zip(section.rows, section.hows, strict=True):
+            below = f"    {shorten(how, longest=longest - 2)}"
+            cells.append((_name(row, longest), below) if how else (_name(row, longest),))
     return Column(head=("check",), cells=tuple(cells))
 
 
@@ -158,8 +164,15 @@ def _name(row: CheckResult, longest: int) -> str:
 
 
 def _how(row: CheckResult) -> str:
-    """The method, unless the name says it, and the dtype."""
-    return " · ".join(part for part in ("" if row.method == row.name else row.method, row.dtype) if part)
+    """How the row was computed, and in which dtype."""
+    return " · ".join(part for part in (_method(row), row.dtype) if part)
+
+
+def _method(row: CheckResult) -> str:
+    """The method, unless the name says it, and against what, unless the method says it."""
+    method = "" if row.method == row.name else method_of(row)
+    against = f"vs {row.reference}" if row.reference and " vs " not in row.method else ""
+    return " ".join(part for part in (method, against) if part)
 
 
 def _place(row: CheckResult) -> str:
@@ -236,8 +249,7 @@ def _listed(sections: Sequence[_Section], look: Look) -> RenderableType:
     for section in sections:
         parts.append(Text(escape(section.title, unicode=look.unicode), style="bold"))
         labels = [
-            " · ".join(part for part in (shorten(row.name), "" if row.method == row.name else row.method) if part)
-            for row in section.rows
+            " · ".join(part for part in (shorten(row.name), shorten(_method(row))) if part) for row in section.rows
         ]
         parts.append(listed_rows(section.rows, labels, look))
         parts += [Text(escape(line, unicode=look.unicode), style="dim") for line in section.folded]

@@ -20,9 +20,11 @@ class ModelFault:
     `make` returns a new network in float32 and `reference` the same network, with the same numbers, without the
     fault. `module` is the dotted name of the innermost module whose own code is wrong ("" is the whole model), `also`
     names others that are as wrong, `place` is the function or class of the wrong call. `codes` are the diagnoses that
-    name the mistake rightly. `dtypes` are the stored dtypes whose check shows it; a fault of a narrow dtype alone is
-    not in a float64 twin. `relative_size` is the error of the worst gradient, in norm, of the parameters and
-    floating-point inputs whose right gradient is not zero; inf where all of those are right.
+    name the mistake rightly ("unrecognised" beside others
+    where no name is needed). `dtypes` are the stored dtypes whose check shows it; a fault of a narrow dtype alone is
+    not in a float64 twin. `relative_size` is the error of the worst gradient, in norm and to within a factor of two,
+    of the parameters and floating-point inputs whose right gradient is not zero, in eval mode unless `train_only`;
+    inf where all of those are right.
     """
 
     name: str
@@ -51,17 +53,24 @@ class ModelFault:
 class CorrectModel:
     """A model whose every gradient is right: `make()(*inputs(), **keywords())`, in each mode of `train`.
 
-    `unused` are the parameters that the loss does not depend on and `frozen` those that ask for no gradient; both may
-    be reported and neither is a fault.
+    `unused` are the parameters that the loss does not depend on and `frozen` those that ask for no gradient, by name
+    or with a closing "*"; both may be reported and neither is a fault. `dtypes` are those that its operators take.
+    `kinked` names what the point is a kink for, "inputs" or "parameters": every slope between those of its sides is
+    right there. `narrow` says that something inside computes in float32 whatever the dtype of the model.
+    `convention` names the documented custom by which a gradient is not that of the value, if there is one.
     """
 
     name: str
     make: Callable[[], nn.Module] = field(repr=False)
-    inputs: Callable[[], tuple[Tensor, ...]] = field(repr=False)
+    inputs: Callable[[], tuple[Any, ...]] = field(repr=False)
     keywords: Callable[[], Mapping[str, Any]] = field(default=dict, repr=False)
     train: tuple[bool, ...] = (False, True)
     unused: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
+    kinked: tuple[str, ...] = ()
+    narrow: bool = False
+    convention: str = ""
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,7 +1,9 @@
-"""Functions that lose a part of the gradient without any custom backward: detached, taken through NumPy, overwritten."""
+"""Functions that lose a part of the gradient without a custom backward: detached, taken through NumPy, overwritten."""
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,12 +16,13 @@ def detached_values(p: Tensor, v: Tensor) -> Tensor:
 
 
 def detached_keys(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.detach().mT / q.shape[-1] ** 0.5
+    return q @ k.detach().mT / math.sqrt(q.shape[-1])
 
 
 def gelu_with_data_gate(x: Tensor) -> Tensor:
-    gate = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    return x * gate.data
+    gate: Tensor = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    fixed: Tensor = gate.data
+    return x * fixed
 
 
 def relu_with_data(x: Tensor) -> Tensor:
@@ -45,7 +48,16 @@ def softmax_listed_total(scores: Tensor) -> Tensor:
 
 def through_numpy(x: Tensor) -> Tensor:
     """The same numbers, by way of NumPy."""
-    return torch.from_numpy(x.detach().cpu().double().numpy()).to(x)
+    numbers: Tensor = torch.from_numpy(x.detach().cpu().double().numpy())
+    return numbers.to(x)
+
+
+def numpy_gelu(x: Tensor) -> Tensor:
+    """GELU computed by NumPy, which autograd cannot see into."""
+    a = x.detach().cpu().double().numpy()
+    gate = 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3)))
+    value: Tensor = torch.from_numpy(a * gate)
+    return value.to(x)
 
 
 def numpy_branch(x: Tensor, branch: Tensor) -> Tensor:
@@ -55,7 +67,8 @@ def numpy_branch(x: Tensor, branch: Tensor) -> Tensor:
 def numpy_pool(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     blocks = x.detach().cpu().double().numpy().reshape(n, c, h // 2, 2, w // 2, 2)
-    return torch.from_numpy(blocks.max((3, 5))).to(x)
+    value: Tensor = torch.from_numpy(blocks.max((3, 5)))
+    return value.to(x)
 
 
 def skip_detached(x: Tensor, branch: Tensor) -> Tensor:
@@ -101,6 +114,21 @@ def rescaled_without_grad(x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = _scale(x)
     return x / scale
+
+
+def capped(x: Tensor) -> Tensor:
+    """Cut off above its root mean square, which no normalisation that follows can undo."""
+    return torch.minimum(x, _scale(x))
+
+
+def capped_by_item(x: Tensor) -> Tensor:
+    return x.clamp(max=float(_scale(x).item()))
+
+
+def capped_without_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = _scale(x)
+    return torch.minimum(x, scale)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -157,7 +185,7 @@ def hooked(factor: float) -> Operation:
     def scaled_by_hook(x: Tensor) -> Tensor:
         x = x * 1
         if x.requires_grad:
-            x.register_hook(lambda g: factor * g)
+            x.register_hook(lambda g: factor * g)  # type: ignore[no-untyped-call]  # torch's own
         return x
 
     return scaled_by_hook

@@ -182,7 +182,7 @@ class Layer(nn.Module):
         return self.dropout(self.relu(self.linear(x)), self.rate, self.training)
 
 
-def plant(network: nn.Module, module: str, operation: str, function: Callable[..., object]) -> None:
+def plant(network: nn.Module, module: str, operation: str, function: object) -> None:
     """Replaces one operation of one module."""
     holder = network.get_submodule(module)
     if operation not in holder.__dict__:

@@ -237,17 +237,17 @@ def parameter(name, *, wrong=False, **changes):
 
 
 MODEL = report(
-    row(group="checkpoint", name="tensors", check="forward", method="tensors", max_error=None, bound=None, ratio=None,
+    row(group="checkpoint", name="tensors", check="structure", method="tensors", reference="", max_error=None, bound=None, ratio=None,
         detectable=None, worst=None, checked=None, dtype="",
         reason="148 tensors, 124,439,808 numbers, all float32"),
-    row(group="head", name="softmax at the model's logits", method="closed form"),
-    row(group="head", name="saturation", method="saturation", verdict=Verdict.INCONCLUSIVE, max_error=None,
+    row(group="head", name="softmax at the model's logits", method="autograd"),
+    row(group="head", name="saturation", method="saturation", reference="", verdict=Verdict.INCONCLUSIVE, max_error=None,
         bound=None, ratio=None, detectable=None, worst=None, checked=None, dtype="float32",
         reason="12 % of the rows have a gradient that underflows in float32"),
     row(group="loss", name="dL/dlogits", method="autograd vs closed form"),
     *(parameter(f"transformer.h.{k // 12}.attn.w{k % 12}", wrong=60 <= k < 72, ratio=k * 1e-3 + 50 * (60 <= k < 72)) for k in range(144)),
     parameter("input", verdict=Verdict.SKIPPED, reason="token ids have no gradient"),
-    failing(group="where", name="transformer.h.7.attn", method="local check of Attention",
+    failing(group="where", name="transformer.h.7.attn", method="local check", reference="finite differences",
             diagnosis=Diagnosis(code="scale", message="1.00001 times the derivative, in net.py:88"), rerun=COMMAND),
     subject="gpt2.pt as net.py:GPT2",
     command="model",

@@ -1,6 +1,7 @@
 """The exit code for every mix of verdicts and options."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from report_samples import report, row
@@ -29,3 +30,11 @@ def test_the_worst_wins(mix):
 def test_nothing_checked_is_never_a_pass():
     for mix in ((), (Verdict.SKIPPED,)):
         assert decide_exit_code(of(*mix), exit_zero=True, allow_inconclusive=True) == 2
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_an_interrupted_run_is_130_and_never_a_pass(mix):
+    interrupted = replace(of(*mix), interrupted=True)
+    assert decide_exit_code(interrupted, exit_zero=True, allow_inconclusive=True) == 130
+    without = of(*mix).verdict
+    assert interrupted.verdict is (Verdict.INCONCLUSIVE if without is Verdict.PASS else without)

@@ -1,5 +1,6 @@
 """Report files: whole or not at all, and never in place of something else."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_samples import FAILING, PASSING
+from report_samples import FAILING, INTERRUPTED, MODEL, PASSING
 
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.reports.files import OutputFile, check_destinations, write_files
@@ -144,3 +145,47 @@ def test_nothing_is_printed_when_a_file_cannot_be_written(capsys):
     with pytest.raises(SoftcheckError, match="No space left"):
         deliver(PASSING, output)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_an_interrupted_run_knows_is_printed_and_no_file_is_written(tmp_path, capsys, quiet):
+    output = OutputOptions(
+        format="concise",
+        path=tmp_path / "main.txt",
+        reports=(ReportFile(format="json", path=tmp_path / "report.json"),),
+        quiet=quiet,
+        exit_zero=True,
+        allow_inconclusive=True,
+    )
+    assert deliver(INTERRUPTED, output) == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith("inconclusive: gpt2.pt")
+    assert list(tmp_path.iterdir()) == []
+    if quiet:
+        assert captured.err == ""
+    else:
+        assert captured.err.startswith("interrupted; not written: ")
+        assert "main.txt" in captured.err
+        assert "report.json" in captured.err
+
+
+def test_an_interrupted_run_whose_reader_is_gone_is_still_interrupted(monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert deliver(INTERRUPTED, OutputOptions()) == 130
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err.startswith("interrupted; cannot write the report to standard output: No space left")
+
+
+def test_show_all_reaches_the_table(tmp_path, capsys):
+    files = (ReportFile(format="table", path=tmp_path / "table.txt"),)
+    deliver(MODEL, OutputOptions(reports=files, show_all=True))
+    for text in (capsys.readouterr().out, (tmp_path / "table.txt").read_text()):
+        assert "transformer.h.3.attn.w7" in text
+        assert "--show-all" not in text
+    deliver(MODEL, OutputOptions())
+    text = capsys.readouterr().out
+    assert "transformer.h.3.attn.w7" not in text
+    assert "… and 124 pass, 1 skipped" in text

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from report_samples import (
@@ -10,7 +11,9 @@ from report_samples import (
     FAILING,
     HOSTILE,
     HOSTILE_REPORT,
+    INTERRUPTED,
     MANY,
+    MODEL,
     NOT_FINITE,
     PASSING,
     SAMPLES,
@@ -58,7 +61,8 @@ def test_json_is_strict_and_has_every_field(sample):
     assert text.isascii()
     assert text.endswith("}\n")
     content = json.loads(text, parse_constant=refuse)
-    assert list(content) == TOP
+    present = {"modules": SAMPLES[sample].tree, "interrupted": SAMPLES[sample].interrupted}
+    assert list(content) == [*TOP, *(key for key, value in present.items() if value)]
     assert content["schema"] == 1
     for result in content["results"]:
         assert list(result) == RESULT
@@ -90,6 +94,41 @@ def test_json_has_the_exit_code_of_the_process():
     assert json.loads(render_json(FAILING))["exit_code"] == 1
     assert json.loads(render_json(FAILING, exit_code=0))["exit_code"] == 0
     assert json.loads(render_json(EMPTY))["exit_code"] == 2
+
+
+def test_json_nests_the_modules():
+    root = json.loads(render_json(MODEL))["modules"]
+    assert (root["name"], root["kind"], root["mark"], root["note"]) == ("", "GPT2", "fail", None)
+    (fault,) = [
+        module for block in root["children"][0]["children"] for module in block["children"] if module["mark"] == "fault"
+    ]
+    assert fault == {
+        "name": "transformer.h.7.attn",
+        "kind": "Attention",
+        "mark": "fault",
+        "note": "its gradient for `value` is 1.00001 times the derivative",
+        "children": [],
+    }
+    assert len(json.loads(render_json(MODEL))["results"]) == len(MODEL.results)
+
+
+def test_json_says_that_it_is_not_everything():
+    content = json.loads(render_json(INTERRUPTED))
+    assert (content["interrupted"], content["verdict"], content["exit_code"]) == (True, "inconclusive", 130)
+
+
+def test_concise_names_the_module_once():
+    lines = render_concise(MODEL).splitlines()
+    assert lines[-1] == (
+        "fault: transformer.h.7.attn (Attention): its gradient for `value` is 1.00001 times the derivative"
+    )
+    assert sum(line.startswith("fault: ") for line in lines) == 1
+
+
+def test_concise_says_that_it_is_not_everything():
+    assert render_concise(INTERRUPTED).startswith("inconclusive: gpt2.pt as net.py:GPT2: interrupted; until then 2")
+    lines = render_concise(replace(MODEL, interrupted=True, tree=None)).splitlines()
+    assert lines[-1] == "interrupted: gpt2.pt as net.py:GPT2: 150 checks until then"
 
 
 def test_concise_has_one_line_for_each_problem():
@@ -154,6 +193,10 @@ def test_summaries():
     assert summarize(EMPTY) == "nothing was checked"
     assert summarize(BROKEN).startswith("2 of 4 checks could not run, 1 failed: ")
     assert summarize(FAILING).startswith("3 of 5 checks: ")
+    assert summarize(MODEL) == (
+        "13 of 149 checks, 1 skipped: 12 in parameters, 1 in where; first wrong module: transformer.h.7.attn (Attention)"
+    )
+    assert summarize(INTERRUPTED) == "interrupted; until then 2 checks, detectable error 2.31e-15"
     assert summarize(SAMPLES["only_skipped"]) == "nothing was checked, 1 skipped"
 
 

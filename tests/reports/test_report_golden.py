@@ -23,13 +23,15 @@ def look_of(options, *, exit_code):
     [
         *(f"{sample}.table.{width}" for sample in ("passing", "failing") for width in (120, 80, 60)),
         *(f"{sample}.table.80" for sample in ("broken", "hostile", "not_finite", "empty", "only_skipped")),
-        *(f"{sample}.table.120" for sample in ("inconclusive", "many")),
-        *(f"{sample}.table.80-ascii" for sample in ("passing", "hostile")),
-        *(f"{sample}.table.80-color" for sample in ("passing", "failing", "not_finite")),
+        *(f"{sample}.table.120" for sample in ("inconclusive", "many", "model")),
+        *(f"model.table.{width}" for width in (80, 60)),
+        *(f"{sample}.table.80-ascii" for sample in ("passing", "hostile", "model")),
+        *(f"{sample}.table.80-color" for sample in ("passing", "failing", "not_finite", "model")),
+        "interrupted.table.80",
         "failing.table.120-color",
         *(f"{sample}.concise.120" for sample in SAMPLES),
         "hostile.concise.120-ascii",
-        *(f"{sample}.json.120" for sample in ("passing", "broken", "hostile", "not_finite", "empty")),
+        *(f"{sample}.json.120" for sample in ("passing", "broken", "hostile", "not_finite", "empty", "interrupted")),
     ],
 )
 def test_golden(case):

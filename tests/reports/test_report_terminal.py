@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gradcheck_cli.reports.progress import Pace
 from gradcheck_cli.reports.terminal import ColorChoice, is_terminal, speaks_unicode, use_color, width_of
+from gradcheck_cli.reports.time_left import time_left
 
 ROOT = Path(__file__).parents[2]
 COLOR_CASES = [
@@ -116,3 +118,31 @@ def test_progress_is_cleared_when_the_work_fails():
     _, shown, code = run_with_terminal(fail=True)
     assert code == 9
     assert shown.rstrip().endswith("\x1b[2K")
+
+
+def test_long_work_shows_the_time_left():
+    _, shown, _ = run_with_terminal(pause=0.35)
+    assert "left" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(-9.0, "a few seconds left"), (2.0, "a few seconds left"), (7.2, "about 8 s left"), (41.0, "about 45 s left"),
+     (95.0, "about 2 min left"), (3000.0, "about 50 min left"), (7000.0, "about 2 h left")],
+)  # fmt: skip
+def test_the_time_left_is_as_rough_as_it_is_known(seconds, shown):
+    assert time_left(seconds) == shown
+
+
+def test_the_end_follows_from_the_pace_of_the_present_work():
+    pace = Pace()
+    assert pace.end(done=0, total=10, now=100.0) is None
+    assert pace.end(done=1, total=10, now=100.5) is None  # too early to tell
+    assert pace.end(done=2, total=10, now=104.0) == pytest.approx(120.0)
+    assert pace.end(done=5, total=10, now=105.0) == pytest.approx(110.0)
+    assert pace.end(done=10, total=10, now=108.0) == pytest.approx(108.0)
+    assert pace.end(done=3, total=4, now=110.0) is None  # other work: what was done before does not count
+    assert pace.end(done=4, total=8, now=111.0) is None
+    assert pace.end(done=5, total=8, now=113.0) == pytest.approx(119.0)
+    assert pace.end(done=0, total=8, now=120.0) is None
+    assert pace.end(done=7, total=0, now=130.0) is None

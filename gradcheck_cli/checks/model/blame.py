@@ -1,0 +1,202 @@
+"""Why a module is wrong: what in its code, which of its tensors, by how much, and the name of the mistake."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.model.function_of_model import check_function_of_model
+from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, wrong_tensors
+from gradcheck_cli.checks.model.parameters import Probed
+from gradcheck_cli.checks.model.probe import make_direction, true_slope
+from gradcheck_cli.checks.model.replica import Leaf, Replica
+from gradcheck_cli.checks.model.suspects import Culprit, Suspects
+from gradcheck_cli.checks.model.watch import Call
+from gradcheck_cli.results import Diagnosis, Mismatch
+from gradcheck_cli.sources.wording import some_of
+
+_FACTOR_SHARE = 1e-6
+"""What may be left of an error that a constant factor explains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """The diagnosis of one module, and the worst entry where a right gradient could be computed."""
+
+    diagnosis: Diagnosis
+    worst: Mismatch | None = None
+    culprits: tuple[Culprit, ...] = ()
+
+
+def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalCheck, *, inner: bool) -> Blame:
+    """What is wrong in one call of a module; `inner`: it calls modules of its own, which agree."""
+    if not checked.wrong_alone:
+        found = _whole_suspects(replica, probed, list(call.module.modules()))
+        return _stale(found, replica)
+    run = LocalRun(replica, call)
+    inputs, parameters = run.product()
+    claimed = _by_name(run, inputs, parameters)
+    direction = _direction(run, claimed, seed=replica.case.seed)
+    true = run.true_product(direction)
+
+    def claim() -> float:
+        now = _by_name(run, *run.product())
+        return math.fsum(_dot(now[name], part) for name, part in direction.items())
+
+    bound = LOCAL_SHARE * (math.fsum(abs(_dot(claimed[name], part)) for name, part in direction.items()) + abs(true))
+    suspects = Suspects(claim, true=true, bound=bound, modules=list(call.module.modules()))
+    culprits = suspects.culprits()
+    tensors = wrong_tensors(run, claimed, seed=replica.case.seed)
+    right: Mapping[str, Tensor | None] = {}
+    if culprits:
+        with suspects.set_aside(culprits):
+            right = _by_name(run, *run.product())
+    return _told(culprits, tensors, claimed, right, replica=replica, inner=inner)
+
+
+def blame_whole(replica: Replica, probed: Probed) -> Blame:
+    """What is wrong in the model's own code, between the modules that it calls."""
+    culprits, suspects = _whole_suspects(replica, probed, [replica.case.module])
+    right: dict[str, Tensor | None] = {}
+    if culprits:
+        with suspects.set_aside(culprits):
+            right = {leaf.name: g for leaf, g in zip(replica.leaves, replica.gradients()[1], strict=True)}
+    claimed = {leaf.name: g for leaf, g in zip(replica.leaves, probed.gradients, strict=True)}
+    return _told(culprits, _differing(claimed, right), claimed, right, replica=replica, inner=True)
+
+
+def _whole_suspects(
+    replica: Replica, probed: Probed, modules: Sequence[torch.nn.Module]
+) -> tuple[list[Culprit], Suspects]:
+    direction = probed.direction
+
+    def claim() -> float:
+        _, gradients = replica.gradients()
+        return math.fsum(_dot(g, part) for g, part in zip(gradients, direction.parts, strict=True))
+
+    true = true_slope(replica, direction.parts).value
+    suspects = Suspects(claim, true=true, bound=probed.tolerance, modules=modules)
+    return suspects.culprits(), suspects
+
+
+def _stale(found: tuple[list[Culprit], Suspects], replica: Replica) -> Blame:
+    """A module that is right by itself and wrong in the model: something is shared between calls."""
+    culprits, _ = found
+    text = "right when it is called by itself, wrong inside the model: a tensor saved for the backward is shared "
+    text += "between calls, or overwritten before the backward reads it"
+    if culprits:
+        text += f" ({'; '.join(one.text for one in culprits)})"
+    detail: dict[str, str | float] = {"place": culprits[0].place} if culprits and culprits[0].place else {}
+    return Blame(diagnosis=Diagnosis(code="stale-saved-tensor", message=text, detail=detail), culprits=tuple(culprits))
+
+
+def _told(
+    culprits: Sequence[Culprit],
+    tensors: Sequence[tuple[str, float, float]],
+    claimed: Mapping[str, Tensor | None],
+    right: Mapping[str, Tensor | None],
+    *,
+    replica: Replica,
+    inner: bool,
+) -> Blame:
+    """The sentence, the code and the worst entry."""
+    names = some_of([name for name, _, _ in tensors])
+    worst, factor = _worst(claimed, right, [name for name, _, _ in tensors])
+    wrong = f"; wrong by it: {names}" if names else ""
+    if not culprits:
+        where = "its own code, between the modules that it calls" if inner else "its code"
+        text = f"the fault is in {where}{wrong}"
+        return Blame(diagnosis=Diagnosis(code=_plain_code(tensors), message=text), worst=worst)
+    detail: dict[str, str | float] = {}
+    if culprits[0].place:
+        detail["place"] = culprits[0].place
+    code, text = culprits[0].code, "; ".join(one.text for one in culprits)
+    if culprits[0].function is not None:
+        detail["function"] = culprits[0].function.__name__
+        row = check_function_of_model(culprits[0].function, culprits[0].arguments, seed=replica.case.seed)
+        if row is not None and row.diagnosis is not None:
+            code, text = row.diagnosis.code, f"{text}: {row.diagnosis.message}"
+            worst = worst or row.worst
+    if factor is not None and (code in ("hook", "custom-function", "unrecognised")):
+        code, text = "constant-factor", f"{text}: the gradient is {factor:.9g} times the true one"
+        detail["factor"] = factor
+    if code == "custom-function":
+        code = "unrecognised"
+    return Blame(
+        diagnosis=Diagnosis(code=code, message=f"{text}{wrong}", detail=detail), worst=worst, culprits=tuple(culprits)
+    )
+
+
+def _plain_code(tensors: Sequence[tuple[str, float, float]]) -> str:
+    if tensors and all(claim == 0.0 for _, claim, _ in tensors):
+        return "zero-gradient"
+    return "unrecognised"
+
+
+def _by_name(run: LocalRun, inputs: Mapping[int, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    found: dict[str, Tensor | None] = {
+        f"input {run.label(place)}": inputs.get(place) for place in run.call.differentiable
+    }
+    found.update({name: parameters.get(name) for name in run.parameters})
+    return found
+
+
+def _direction(run: LocalRun, claimed: Mapping[str, Tensor | None], *, seed: int) -> dict[str, Tensor]:
+    points = run.points()
+    leaves = [Leaf(names=(name,), tensor=point, stored=point.detach()) for name, point in points.items()]
+    direction = make_direction(leaves, [claimed.get(name) for name in points], seed=seed)
+    return dict(zip(points, direction.parts, strict=True))
+
+
+def _dot(gradient: Tensor | None, part: Tensor) -> float:
+    return 0.0 if gradient is None else float((gradient * part).sum())
+
+
+def _differing(
+    claimed: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None]
+) -> list[tuple[str, float, float]]:
+    """Tensors whose gradient changes when the culprit is set aside: name, and the norms before and after."""
+    found = []
+    for name, after in right.items():
+        before = claimed.get(name)
+        if after is None:
+            continue
+        size = float(after.norm())
+        gap = size if before is None else float((before - after).norm())
+        if gap > LOCAL_SHARE * size:
+            found.append((name, 0.0 if before is None else float(before.norm()), size))
+    return found
+
+
+def _worst(
+    claimed: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None], names: Sequence[str]
+) -> tuple[Mismatch | None, float | None]:
+    """The entry with the largest error among these tensors, and the factor that explains them all, if one does."""
+    worst: Mismatch | None = None
+    factors = []
+    for name in names:
+        true, got = right.get(name), claimed.get(name)
+        if true is None or not true.numel():
+            continue
+        got = torch.zeros_like(true) if got is None else got
+        gap = (got - true).abs()
+        flat = int(gap.argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), true.shape)) if true.dim() else ()
+        error = float(gap.flatten()[flat])
+        if worst is None or error > worst.error:
+            place = f"{name}[{', '.join(map(str, index))}]"
+            worst = Mismatch(
+                index=index,
+                got=float(got.flatten()[flat]),
+                expected=float(true.flatten()[flat]),
+                error=error,
+                bound=LOCAL_SHARE * float(true.abs().max()),
+                place=place,
+            )
+        factor = float((got * true).sum() / (true * true).sum())
+        left = float((got - factor * true).norm())
+        factors.append(factor if left <= _FACTOR_SHARE * float(gap.norm()) else math.nan)
+    same = factors and all(abs(f - factors[0]) <= _FACTOR_SHARE * abs(factors[0] - 1) for f in factors)
+    return worst, factors[0] if same else None

@@ -1,0 +1,153 @@
+"""All checks of a model, in the order of the report."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.candidate import Advance
+from gradcheck_cli.checks.function.wording import first_line, shown_path
+from gradcheck_cli.checks.model.head import head
+from gradcheck_cli.checks.model.locate import ModuleSearch
+from gradcheck_cli.checks.model.loss import loss
+from gradcheck_cli.checks.model.native import NativeCheck
+from gradcheck_cli.checks.model.parameters import ParameterCheck
+from gradcheck_cli.checks.model.plan import ModelPlan
+from gradcheck_cli.checks.model.replica import Outcome, Replica, Widening
+from gradcheck_cli.checks.model.rows import Labels
+from gradcheck_cli.checks.model.survey import survey
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.models.case import ModelCase
+from gradcheck_cli.results import CheckResult, ModuleNode, Verdict
+
+_SHARE_OF_PROBE = 0.6
+"""Share of the budget after which the probe must have ended, so that rounding and the search have some."""
+
+
+class ModelCheck:
+    """Yields the rows of every group as they come; facts, notes and tree are known as far as it got.
+
+    `tensors` are those of the checkpoint's file, which may hold more than the module.
+    """
+
+    def __init__(
+        self, case: ModelCase, plan: ModelPlan, advance: Advance, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._case, self._plan, self._advance, self._tensors = case, plan, advance, tensors
+        self._replica = Replica(case)
+        self._widening: Widening | None = None
+        self._search: ModuleSearch | None = None
+        self._notes: list[str] = []
+        self._outcome: Outcome | None = None
+        self._times: dict[str, float] = {}
+
+    def results(self) -> Iterator[CheckResult]:
+        """All rows. The module has its own numbers again when this ends, however it ends."""
+        started = time.perf_counter()
+        budget = self._plan.budget
+        deadline = math.inf if budget is None else started + budget
+        probe_deadline = math.inf if budget is None else started + _SHARE_OF_PROBE * budget
+        try:
+            yield from self._guarded("checkpoint", lambda: survey(self._case, self._tensors))
+            with torch.no_grad():
+                native = self._replica.run(graph=False)
+            with self._replica.in_dtype(self._plan.wide):
+                self._advance(0, 0, f"the model in {_name(self._plan.wide)}")
+                self._widening = self._replica.widen()
+                yield from self._wide(native, deadline, probe_deadline)
+        finally:
+            self._replica.close()
+
+    def _wide(self, native: Outcome, deadline: float, probe_deadline: float) -> Iterator[CheckResult]:
+        parameters = ParameterCheck(self._replica, self._plan, self._advance, probe_deadline)
+        wide = self._replica.run(graph=False)
+        yield from self._guarded("head", lambda: self._head(native, wide, deadline))
+        yield from self._guarded("loss", lambda: self._loss(native, wide))
+        yield from self._guarded("parameters", parameters.results)
+        if parameters.probed is None:
+            return
+        wrong = parameters.failed or bool(parameters.detached)
+        compared = self._replica.native != self._plan.wide and self._plan.wide == torch.float64
+        if compared and not wrong:
+            check = NativeCheck(self._replica, parameters.probed.gradients, parameters.chosen)
+            rows = lambda: check.results(  # noqa: E731  # a generator that is started inside the guard
+                self._advance, deadline=deadline, resolution=self._plan.resolution, each=self._plan.per_parameter
+            )
+            yield from self._guarded("parameters", rows)
+        if wrong:
+            self._search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
+            yield from self._guarded("where", self._search.results)
+
+    def _head(self, native: Outcome, wide: Outcome, deadline: float) -> Iterator[CheckResult]:
+        pick = self._case.loss.logits
+        if pick is None:
+            return
+        budget = None if math.isinf(deadline) else max(deadline - time.perf_counter(), 0.0)
+        yield from head(
+            self._case,
+            pick(native.output).detach(),
+            wide_logits=pick(wide.output).detach(),
+            seed=self._case.seed,
+            budget=budget,
+            advance=self._advance,
+        )
+
+    def _loss(self, native: Outcome, wide: Outcome) -> Iterator[CheckResult]:
+        pick = self._case.loss.logits
+        if pick is None:
+            yield from loss(self._case, native.output, wide_logits=wide.output)
+            return
+        yield from loss(self._case, pick(native.output).detach(), wide_logits=pick(wide.output).detach())
+
+    def _guarded(self, group: str, rows: Callable[[], Iterator[CheckResult]]) -> Iterator[CheckResult]:
+        """The rows of a group; what it raises becomes an error row, so that no other group is lost."""
+        started = time.perf_counter()
+        try:
+            for row in rows():
+                yield row if row.group == group else replace(row, group=group)
+        except (SoftcheckError, RuntimeError, NotImplementedError) as problem:
+            labels = Labels(group=group, device=str(self._case.device), dtype=self._plan.wide)
+            yield labels.row(group, check=group, method="", verdict=Verdict.ERROR, reason=first_line(problem))
+        self._times[group] = time.perf_counter() - started
+
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Size of the model, its dtype and the loss."""
+        leaves = [leaf for leaf in self._replica.leaves if not leaf.is_input]
+        count = sum(leaf.stored.numel() for leaf in leaves)
+        found = [
+            ("model", type(self._case.module).__name__ + (" (the head alone)" if self._case.is_head else "")),
+            ("parameters", f"{count:,} in {len(leaves)} tensors, {_name(self._replica.native)}"),
+            ("loss", self._case.loss.label),
+            ("mode", "train" if self._case.train else "eval"),
+        ]
+        return tuple(found)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user must know about the twin and what was left out."""
+        found = []
+        if self._widening is not None and self._widening.downcasts:
+            listed = sorted(
+                {f"{one.operator} to {_name(one.dtype)}{_at(one.place)}" for one in self._widening.downcasts}
+            )
+            found.append(f"the model narrows inside ({', '.join(listed)}); the twin keeps it wide")
+        if self._widening is not None and self._widening.draws:
+            found.append("the model draws random numbers; every run starts from the same seed")
+        if self._replica.frozen:
+            names = len(self._replica.frozen)
+            found.append(f"{names} parameters do not require grad and are not checked")
+        return (*found, *self._notes)
+
+    def tree(self) -> ModuleNode | None:
+        """The modules that were looked at, where a gradient is wrong."""
+        return None if self._search is None else self._search.tree()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _at(place: str) -> str:
+    return f" at {shown_path(place)}" if place else ""

@@ -1,0 +1,135 @@
+"""Who is right: what autograd claims, the true tangents, or finite differences."""
+
+import math
+from dataclasses import dataclass
+
+from gradcheck_cli.checks.model.probe import Direction, Truth
+from gradcheck_cli.derivatives.line_difference import LineEstimate
+from gradcheck_cli.results import Verdict
+
+_ESCAPED_BARS = 16.0
+"""A difference alone contradicts autograd and tangents where it is off by this many of its bars."""
+_ESCAPED_SHARE = 1e-6
+"""… and by this much of what the tensors contribute together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """The verdict on ⟨g, u⟩ and the reason where it is not plain.
+
+    `expected` is the derivative that was believed, `bound` what the claim may differ from it by; `by_difference`
+    says that only the differences could be believed, since numbers were lost to the tangents. `difference` is the
+    verdict on the row of finite differences, with its own reason. `needs_confirmation`: the tangents alone convict.
+    """
+
+    verdict: Verdict
+    expected: float
+    bound: float
+    difference: Verdict
+    reason: str | None = None
+    difference_reason: str | None = None
+    by_difference: bool = False
+    needs_confirmation: bool = False
+
+
+def judge(
+    direction: Direction, truth: Truth, slope: LineEstimate | None, *, tolerance: float, resolution: float
+) -> Judgement:
+    """A fail needs both witnesses; one alone can only clear, except where it is known why the other is blind."""
+    claimed = direction.claimed
+    scale = math.fsum(abs(claim) for claim in direction.claims) or 1.0
+    agrees = abs(claimed - truth.value) <= tolerance
+    seen = Seen.of(slope, claimed=claimed, truth=truth.value, scale=scale, resolution=resolution)
+    if agrees:
+        return _agreed(seen, truth, slope, tolerance=tolerance, scale=scale, claimed=claimed)
+    if seen.accepts_claim and not seen.accepts_truth:
+        reason = "tangents were lost on the way (a foreign kernel or NumPy): judged by finite differences"
+        return Judgement(
+            verdict=Verdict.PASS,
+            expected=seen.value,
+            bound=seen.bar,
+            difference=Verdict.PASS,
+            reason=reason,
+            by_difference=True,
+        )
+    if not seen.accepts_claim:
+        return Judgement(verdict=Verdict.FAIL, expected=truth.value, bound=tolerance, difference=Verdict.FAIL)
+    reason = None if seen.usable else "finite differences cannot tell here"
+    return Judgement(
+        verdict=Verdict.FAIL,
+        expected=truth.value,
+        bound=tolerance,
+        difference=Verdict.PASS if seen.usable else Verdict.SKIPPED,
+        difference_reason=reason or "the error is below what differences of the whole model resolve",
+        needs_confirmation=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What finite differences say of the claim and of the truth by tangents."""
+
+    usable: bool
+    accepts_claim: bool
+    accepts_truth: bool
+    value: float
+    bar: float
+    miss: float
+
+    @classmethod
+    def of(cls, slope: LineEstimate | None, *, claimed: float, truth: float, scale: float, resolution: float) -> "Seen":
+        """An estimate whose bar is wider than the resolution accepts everything."""
+        bar = math.inf if slope is None else 2.0 * float(slope.bar)
+        if slope is None or not bar <= resolution * scale:
+            return cls(usable=False, accepts_claim=True, accepts_truth=True, value=claimed, bar=bar, miss=0.0)
+        low, high = float(slope.low), float(slope.high)
+        miss = max(low - claimed, claimed - high, 0.0)
+        return cls(
+            usable=True,
+            accepts_claim=miss <= bar,
+            accepts_truth=low - bar <= truth <= high + bar,
+            value=float(slope.value),
+            bar=bar,
+            miss=miss,
+        )
+
+
+def _agreed(
+    seen: Seen, truth: Truth, slope: LineEstimate | None, *, tolerance: float, scale: float, claimed: float
+) -> Judgement:
+    """Autograd and the tangents say the same."""
+    if seen.accepts_claim:
+        difference = Verdict.PASS if seen.usable else Verdict.SKIPPED
+        reason = None if seen.usable else _why_blind(slope)
+        return Judgement(
+            verdict=Verdict.PASS,
+            expected=truth.value,
+            bound=tolerance,
+            difference=difference,
+            difference_reason=reason,
+        )
+    plain = seen.miss > _ESCAPED_BARS * seen.bar and seen.miss > _ESCAPED_SHARE * scale
+    if truth.escapes and plain:
+        return Judgement(
+            verdict=Verdict.FAIL,
+            expected=seen.value,
+            bound=seen.bar,
+            difference=Verdict.FAIL,
+            by_difference=True,
+        )
+    verdict = Verdict.INCONCLUSIVE if plain else Verdict.SKIPPED
+    return Judgement(
+        verdict=Verdict.PASS,
+        expected=truth.value,
+        bound=tolerance,
+        difference=verdict,
+        difference_reason="differences disagree by little, autograd and tangents agree: a jump or kinks near the point"
+        if not plain
+        else "differences disagree, autograd and tangents agree: a jump near the point, or numbers that leave PyTorch",
+    )
+
+
+def _why_blind(slope: LineEstimate | None) -> str:
+    if slope is None:
+        return "not run"
+    return "kinks or jumps near the point: the error bar is wider than the resolution"

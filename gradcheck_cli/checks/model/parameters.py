@@ -1,0 +1,312 @@
+"""Every parameter tensor and the input: one probe in the wide twin."""
+
+import fnmatch
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.candidate import Advance
+from gradcheck_cli.checks.model.judge import Judgement, judge
+from gradcheck_cli.checks.model.plan import ModelPlan
+from gradcheck_cli.checks.model.probe import (
+    LEAST_ULPS,
+    NOISE_SAFETY,
+    Direction,
+    Truth,
+    difference,
+    make_direction,
+    true_slope,
+)
+from gradcheck_cli.checks.model.replica import Leaf, Outcome, Replica
+from gradcheck_cli.checks.model.rows import Labels
+from gradcheck_cli.derivatives.line_difference import LineEstimate
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
+from gradcheck_cli.sources.wording import some_of
+
+_NOISE_DTYPE = torch.float32
+_LEVELS = (6, 10)
+"""Levels of the finite difference for a slow model and for a fast one."""
+_SLOW = 0.1
+"""Seconds of a forward pass from which a model is slow."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Probed:
+    """What the probe found: the gradient under test, the direction, both witnesses and what was concluded."""
+
+    outcome: Outcome
+    gradients: list[Tensor | None]
+    direction: Direction
+    truth: Truth
+    slope: LineEstimate | None
+    tolerance: float
+    judgement: Judgement
+    seconds: float
+
+
+class ParameterCheck:
+    """The probe of all chosen leaves, the tensors without a gradient, and one probe a tensor where asked for."""
+
+    def __init__(self, replica: Replica, plan: ModelPlan, advance: Advance, deadline: float) -> None:
+        self._replica, self._plan, self._advance, self._deadline = replica, plan, advance, deadline
+        self.chosen = chosen_leaves(replica.leaves, plan)
+        self._labels = Labels(group="parameters", device=str(replica.case.device), dtype=plan.wide)
+        self.probed: Probed | None = None
+        self.unused: tuple[str, ...] = ()
+        self.detached: tuple[str, ...] = ()
+        self.tensors: dict[str, tuple[float, float, float]] = {}
+        """Leaf -> claimed, true and bound of its own probe, where one was made."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a gradient is wrong."""
+        return self.probed is not None and self.probed.judgement.verdict is Verdict.FAIL
+
+    def results(self) -> Iterator[CheckResult]:
+        """The rows of the group; the replica must be in the wide dtype, in its scope."""
+        started = time.perf_counter()
+        self._advance(0, 4, "gradient of every parameter")
+        outcome, gradients = self._replica.gradients()
+        if not math.isfinite(float(outcome.loss)):
+            yield self._labels.row(
+                self._all(), check="gradient", method="reverse mode", verdict=Verdict.ERROR,
+                reason=f"the loss is {float(outcome.loss)} at these inputs, so it has no gradient",
+            )  # fmt: skip
+            return
+        if bad := self._not_finite(gradients):
+            yield bad
+            return
+        probed = self._probe(outcome, gradients)
+        probed.seconds = time.perf_counter() - started
+        self.probed = probed
+        yield from self._probe_rows(probed)
+        yield from self._missing(probed)
+        if self._plan.per_parameter or self.failed:
+            yield from self._each(probed)
+
+    def _all(self) -> str:
+        parameters = sum(c and not leaf.is_input for c, leaf in zip(self.chosen, self._replica.leaves, strict=True))
+        inputs = sum(self.chosen) - parameters
+        words = [f"all {parameters} parameter tensors" if parameters != 1 else "the parameter tensor"] * bool(
+            parameters
+        )
+        words += ["the input" if inputs == 1 else f"{inputs} inputs"] * bool(inputs)
+        return " and ".join(words)
+
+    def _not_finite(self, gradients: Sequence[Tensor | None]) -> CheckResult | None:
+        names = [
+            leaf.name
+            for leaf, g, c in zip(self._replica.leaves, gradients, self.chosen, strict=True)
+            if c and g is not None and not bool(torch.isfinite(g).all())
+        ]
+        if not names:
+            return None
+        message = f"the loss is finite, but the gradient holds nan or infinity in {some_of(names)}"
+        return self._labels.row(
+            names[0],
+            check="gradient",
+            method="reverse mode",
+            verdict=Verdict.FAIL,
+            diagnosis=Diagnosis(code="non-finite", message=message, detail={"tensors": float(len(names))}),
+        )
+
+    def _probe(self, outcome: Outcome, gradients: list[Tensor | None]) -> Probed:
+        replica = self._replica
+        direction = make_direction(replica.leaves, gradients, seed=replica.case.seed, chosen=self.chosen)
+        self._advance(1, 4, "true derivative of the loss")
+        truth = true_slope(replica, direction.parts)
+        self._advance(2, 4, "finite differences of the loss")
+        started = time.perf_counter()
+        replica.run(graph=False)
+        levels = self._levels(time.perf_counter() - started)
+        slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
+        self._advance(3, 4, "rounding of the gradient")
+        tolerance = self._tolerance(gradients, direction)
+        judgement = judge(direction, truth, slope, tolerance=tolerance, resolution=self._plan.resolution)
+        return Probed(
+            outcome=outcome,
+            gradients=gradients,
+            direction=direction,
+            truth=truth,
+            slope=slope,
+            tolerance=tolerance,
+            judgement=judgement,
+            seconds=0.0,
+        )
+
+    def _levels(self, forward: float) -> int:
+        wanted = _LEVELS[forward < _SLOW]
+        left = (self._deadline - time.perf_counter()) / 2
+        return wanted if math.isinf(left) else min(wanted, int(left / (3 * max(forward, 1e-6))))
+
+    def _tolerance(self, gradients: Sequence[Tensor | None], direction: Direction) -> float:
+        """What rounding does to ⟨g, u⟩: seen in a float32 run of the same numbers, and scaled down."""
+        wide = torch.finfo(self._plan.wide).eps
+        least = LEAST_ULPS * wide / 2 * math.fsum(abs(claim) for claim in direction.claims)
+        noise = narrow_noise(self._replica, gradients, direction) if self._plan.wide == torch.float64 else None
+        if noise is None:
+            return 2.0**10 * least
+        return NOISE_SAFETY * wide / torch.finfo(_NOISE_DTYPE).eps * noise + least
+
+    def _probe_rows(self, probed: Probed) -> Iterator[CheckResult]:
+        found, direction = probed.judgement, probed.direction
+        claims = [abs(claim) for claim in direction.claims if claim]
+        error = abs(direction.claimed - found.expected)
+        probes = Checked(probes=1)
+        typical = sorted(claims)[len(claims) // 2] if claims else 1.0
+        yield self._labels.row(
+            self._all(),
+            check="gradient",
+            method="reverse mode",
+            reference="finite differences" if found.by_difference else "true tangents",
+            verdict=found.verdict,
+            error=error,
+            bound=found.bound,
+            detectable=found.bound / typical,
+            checked=probes,
+            reason=found.reason,
+            diagnosis=self._escape(probed),
+            seconds=probed.seconds,
+        )
+        slope = probed.slope
+        value = None if slope is None else float(slope.value)
+        bar = None if slope is None else 2 * float(slope.bar)
+        yield self._labels.row(
+            self._all(),
+            check="gradient",
+            method="reverse mode",
+            reference=f"finite differences ({0 if slope is None else slope.evaluations} evaluations)",
+            verdict=found.difference,
+            error=None if value is None else abs(direction.claimed - value),
+            bound=bar,
+            detectable=None if bar is None else bar / typical,
+            checked=probes,
+            reason=found.difference_reason,
+        )
+
+    def _escape(self, probed: Probed) -> Diagnosis | None:
+        escapes = probed.truth.escapes
+        if not (escapes and probed.judgement.by_difference and probed.judgement.verdict is Verdict.FAIL):
+            return None
+        where = some_of([f"{one.operator} at {one.place}" for one in escapes])
+        text = f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
+        return Diagnosis(code="partial-gradient", message=text, detail={"place": escapes[0].place})
+
+    def _missing(self, probed: Probed) -> Iterator[CheckResult]:
+        """Tensors for which autograd gives nothing: never used, or used on a path that autograd does not see."""
+        without = [
+            c and (g is None or not bool(g.count_nonzero())) for g, c in zip(probed.gradients, self.chosen, strict=True)
+        ]
+        if not any(without):
+            return
+        names = [leaf.name for leaf, w in zip(self._replica.leaves, without, strict=True) if w]
+        self.detached = tuple(self._with_influence(probed, without))
+        self.unused = tuple(name for name in names if name not in self.detached)
+        for name in self.detached:
+            text = "the loss depends on it, but autograd gives it no gradient: its path is detached"
+            yield self._labels.row(
+                name, check="gradient", method="reverse mode", reference="true tangents", verdict=Verdict.FAIL,
+                diagnosis=Diagnosis(code="zero-gradient", message=text),
+            )  # fmt: skip
+        if self.unused:
+            yield self._labels.row(
+                some_of(self.unused), check="use", method="true tangents", verdict=Verdict.PASS,
+                reason="no influence on the loss at these inputs (unused, dead, or exactly zero): no gradient is right",
+            )  # fmt: skip
+
+    def _with_influence(self, probed: Probed, without: Sequence[bool]) -> Iterator[str]:
+        leaves, parts = self._replica.leaves, probed.direction.parts
+
+        def influence(places: Sequence[int]) -> bool:
+            kept = [part if n in places else None for n, part in enumerate(parts)]
+            return true_slope(self._replica, kept).value != 0.0
+
+        groups = [[n for n, w in enumerate(without) if w]]
+        while groups:
+            group = groups.pop(0)
+            if not influence(group):
+                continue
+            if len(group) == 1:
+                yield leaves[group[0]].name
+                continue
+            half = len(group) // 2
+            groups[:0] = [group[:half], group[half:]]
+
+    def _each(self, probed: Probed) -> Iterator[CheckResult]:
+        """One probe a tensor."""
+        places = [n for n, c in enumerate(self.chosen) if c]
+        left = []
+        for done, place in enumerate(places):
+            leaf = self._replica.leaves[place]
+            if time.perf_counter() > self._deadline:
+                left.append(leaf.name)
+                continue
+            self._advance(done, len(places), leaf.name)
+            row = self._single(probed, place)
+            if self._plan.per_parameter or row.verdict is Verdict.FAIL:
+                yield row
+        if left:
+            yield self._labels.row(
+                some_of(left), check="gradient", method="reverse mode", verdict=Verdict.SKIPPED,
+                reason=f"the time was over before {len(left)} tensors had a probe of their own; the joint one has them",
+            )  # fmt: skip
+
+    def _single(self, probed: Probed, place: int) -> CheckResult:
+        started = time.perf_counter()
+        leaf, parts = self._replica.leaves[place], probed.direction.parts
+        kept = [part if n == place else None for n, part in enumerate(parts)]
+        truth = true_slope(self._replica, kept).value
+        claimed = probed.direction.claims[place]
+        bound = probed.tolerance
+        self.tensors[leaf.name] = (claimed, truth, bound)
+        error = abs(claimed - truth)
+        wrong = error > bound and not probed.judgement.by_difference
+        return self._labels.row(
+            leaf.name,
+            check="gradient",
+            method="reverse mode",
+            reference="true tangents",
+            verdict=Verdict.FAIL if wrong else Verdict.PASS,
+            error=error,
+            bound=bound,
+            detectable=bound / (abs(claimed) or 1.0),
+            checked=Checked(probes=1),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def chosen_leaves(leaves: Sequence[Leaf], plan: ModelPlan) -> list[bool]:
+    """Which leaves --only and --skip leave. Raises SoftcheckError where none is left."""
+
+    def matches(leaf: Leaf, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in leaf.names for pattern in patterns)
+
+    chosen = [(not plan.only or matches(leaf, plan.only)) and not matches(leaf, plan.skip) for leaf in leaves]
+    if not any(chosen):
+        if not leaves:
+            raise SoftcheckError(
+                "the model has no parameter that takes a gradient and no floating-point input, "
+                "so there is nothing to check"
+            )
+        names = some_of([leaf.name for leaf in leaves])
+        raise SoftcheckError("--only and --skip leave no tensor to check", hint=f"tensors are {names}")
+    return chosen
+
+
+def narrow_noise(replica: Replica, gradients: Sequence[Tensor | None], direction: Direction) -> float | None:
+    """√Σ ⟨g32_p − g_p, u_p⟩²: what rounding to float32 does to the claims; None where float32 does not run."""
+    try:
+        with replica.plainly(), replica.in_dtype(_NOISE_DTYPE):
+            _, narrow = replica.gradients()
+    except (SoftcheckError, NotImplementedError):
+        return None
+    total = 0.0
+    for wide, low, part in zip(gradients, narrow, direction.parts, strict=True):
+        if wide is not None and low is not None:
+            total += float(((low.to(wide.dtype) - wide) * part).sum()) ** 2
+    return math.sqrt(total) if math.isfinite(total) else None

@@ -1,0 +1,179 @@
+"""What in a module's own code makes its gradient wrong: set one thing aside at a time and see what mends it."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcheck_cli.checks.function.wording import first_line, shown_path
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.bypass import bypassed, described
+from gradcheck_cli.program.healed import Instruction, Instructions
+from gradcheck_cli.program.operators import tensors_in
+
+Claim = Callable[[], float]
+"""The gradient under test along the direction whose true slope is known, computed anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """What, set aside, makes the gradient right: a sentence, and its place as file:line.
+
+    `function` is the custom Function's class, with the tensors of the call that it was first seen with.
+    """
+
+    code: str
+    text: str
+    place: str
+    function: type | None = None
+    arguments: tuple[Any, ...] = ()
+    instruction: Instruction | None = None
+    module: torch.nn.Module | None = None
+
+
+class Suspects:
+    """Functions, instructions to autograd and module hooks met in one computation of the claim."""
+
+    def __init__(self, claim: Claim, *, true: float, bound: float, modules: Sequence[torch.nn.Module]) -> None:
+        self._claim, self._true, self._bound, self._modules = claim, true, bound, modules
+        self._functions: dict[type, tuple[Any, ...]] = {}
+        self._instructions: tuple[Instruction, ...] = ()
+        self._refused = ""
+
+    def culprits(self) -> list[Culprit]:
+        """The single thing that explains the error, otherwise all that do so together, otherwise none."""
+        self._look()
+        hooked = [module for module in self._modules if module._backward_hooks or module._backward_pre_hooks]
+        for cls in self._functions:
+            if self._mends(bypassed(only=_one_of([cls]))):
+                return [self._function(cls)]
+        for instruction in self._instructions:
+            if self._mends(Instructions(ignored=[instruction])):
+                return [_instruction(instruction)]
+            if self._refused:
+                return [_overwritten(instruction, self._refused)]
+        for module in hooked:
+            if self._mends(_unhooked([module])):
+                return [_hooked(module)]
+        every = _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked(hooked))
+        if self._mends(every):
+            return self._together(hooked)
+        return []
+
+    def set_aside(self, culprits: Sequence[Culprit]) -> AbstractContextManager[None]:
+        """Around a computation of the right gradient: without these."""
+        functions = [one.function for one in culprits if one.function is not None]
+        instructions = [one.instruction for one in culprits if one.instruction is not None]
+        modules = [one.module for one in culprits if one.module is not None]
+        return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(modules))
+
+    def _look(self) -> None:
+        """One computation of the claim, only watched."""
+
+        def note(cls: type, args: tuple[Any, ...]) -> bool:
+            self._functions.setdefault(cls, tuple(_kept(value) for value in args))
+            return False
+
+        watch = Instructions()
+        with bypassed(only=note), watch:
+            self._claim()
+        self._instructions = watch.found
+
+    def _mends(self, context: AbstractContextManager[object]) -> bool:
+        self._refused = ""
+        try:
+            with context:
+                return abs(self._claim() - self._true) <= self._bound
+        except (SoftcheckError, RuntimeError, NotImplementedError) as problem:
+            if "modified by an inplace operation" in str(problem):
+                self._refused = first_line(problem)
+            return False
+
+    def _together(self, hooked: Sequence[torch.nn.Module]) -> list[Culprit]:
+        """Those of them that are needed: without any one of these the gradient stays wrong."""
+        found = []
+        for cls in self._functions:
+            rest = [other for other in self._functions if other is not cls]
+            others = _all_of(bypassed(only=_one_of(rest)), Instructions(ignored=self._instructions), _unhooked(hooked))
+            if not self._mends(others):
+                found.append(self._function(cls))
+        for instruction in self._instructions:
+            rest_of = [other for other in self._instructions if other != instruction]
+            if not self._mends(_all_of(bypassed(), Instructions(ignored=rest_of), _unhooked(hooked))):
+                found.append(_instruction(instruction))
+        for module in hooked:
+            rest_hooked = [other for other in hooked if other is not module]
+            others = _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked(rest_hooked))
+            if not self._mends(others):
+                found.append(_hooked(module))
+        return found
+
+    def _function(self, cls: type) -> Culprit:
+        found = described(cls)
+        place = f"{found.file}:{found.line}" if found.file else ""
+        text = f"the backward of the custom autograd Function {found.name}{_at(place)} is wrong"
+        return Culprit(
+            code="custom-function", text=text, place=place, function=cls, arguments=self._functions.get(cls, ())
+        )
+
+
+def _instruction(found: Instruction) -> Culprit:
+    if found.kind == "hook":
+        text = f"a hook on a tensor registered{_at(found.place)} changes the gradient"
+        return Culprit(code="hook", text=text, place=found.place, instruction=found)
+    text = f"{found.words}{_at(found.place)} cuts the gradient of a path that the loss depends on"
+    return Culprit(code="partial-gradient", text=text, place=found.place, instruction=found)
+
+
+def _overwritten(found: Instruction, refused: str) -> Culprit:
+    text = f"numbers that the backward needs are overwritten through {found.words}{_at(found.place)}"
+    return Culprit(code="stale-saved-tensor", text=f"{text} ({refused})", place=found.place)
+
+
+def _hooked(module: torch.nn.Module) -> Culprit:
+    text = f"a backward hook on the module ({type(module).__name__}) changes the gradient"
+    return Culprit(code="hook", text=text, place="", module=module)
+
+
+def _at(place: str) -> str:
+    return f" at {shown_path(place)}" if place else ""
+
+
+def _one_of(classes: Collection[type]) -> Callable[[type, tuple[Any, ...]], bool]:
+    return lambda cls, args: cls in classes  # noqa: ARG005  # the signature of a choice
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _all_of(*contexts: AbstractContextManager[object]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@contextlib.contextmanager
+def _unhooked(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Without the modules' backward hooks."""
+    kept = [(m, dict(m._backward_hooks), dict(m._backward_pre_hooks)) for m in modules]
+    for module, _, _ in kept:
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in kept:
+            module._backward_hooks.update(hooks)
+            module._backward_pre_hooks.update(pre_hooks)
+
+
+def differentiable_arguments(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The floating-point tensors among a Function's arguments."""
+    return [value for value in tensors_in(list(arguments)) if value.is_floating_point()]
