@@ -14,6 +14,8 @@ from gradcheck_cli.sources.wording import printable
 
 _FEW = 4
 _ANCHORS = 3
+_TRIED = 8  # every comparison of two names costs some 50 µs, and a large model has thousands
+_CLOSE = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,9 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> Fit:
     """The best reading of the tensors for this module: as they are, else without or with a prefix of all names.
 
-    A prefix is only taken off or put before the names where everything fits then; tensors outside the prefix are
-    left out, which a note says. Otherwise the reading with the fewest problems is returned.
+    A prefix is only taken off or put before the names where everything fits then. Tensors outside the prefix, such as
+    the weights of a loss, are left out, which a note says, if most numbers are inside. Otherwise the reading with the
+    fewest problems is returned.
     """
     expected = _Expected(module)
     best = expected.compare(tensors)
@@ -69,12 +72,19 @@ def _readings(expected: "_Expected", tensors: Mapping[str, Tensor]) -> Iterator[
             outside = [name for name in tensors if not name.startswith(prefix)]
             note = f"the prefix {printable(prefix)} of the file's names was taken off"
             if outside:
+                # A number is a layer of a Sequential, which is no model of its own.
+                if prefix[:-1].rpartition(".")[2].isdigit() or 2 * _numbers(inside) <= _numbers(tensors):
+                    continue
                 note += f"; what is outside it was left out ({_few(outside)})"
             yield inside, note
     for prefix in {name.removesuffix(anchor): None for anchor in list(tensors)[:_ANCHORS] for name in expected.stored}:
         if prefix.endswith("."):
             within = {prefix + name: one for name, one in tensors.items()}
             yield within, f"the architecture has its layers under {printable(prefix)}, the file has not"
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 class _Expected:
@@ -153,20 +163,18 @@ def misfit(found: Fit, *, file: str, label: str, module: nn.Module) -> Softcheck
     elif found.misshaped:
         hint = "the sizes come from the architecture: see --arch-kwargs"
     else:
-        hint = "name the class or factory that the file was saved from: --arch file.py:Model"
+        hint = "--arch names the class or factory that the file was saved from, --arch-kwargs its sizes"
     return SoftcheckError(f"{file}: does not fit {label}: {', '.join(parts)}", hint=hint)
 
 
 def _close_pairs(found: Fit, stored: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """The first few unexpected names, each with the closest missing one, of the same shape if there is one."""
+    """The first few unexpected names, each with the closest missing one of the same shape, if one is close."""
     pairs: list[tuple[str, str]] = []
     left = list(found.missing)
-    for name in found.unexpected:
-        if len(pairs) == _FEW:
-            break
+    for name in found.unexpected[:_TRIED]:
         alike = [other for other in left if not _misfit(found.tensors[name], stored[other])]
-        close = difflib.get_close_matches(name, alike, n=1, cutoff=0.5) or difflib.get_close_matches(name, left, n=1)
-        if close:
+        close = difflib.get_close_matches(name, alike, n=1, cutoff=_CLOSE)
+        if close and len(pairs) < _FEW:
             left.remove(close[0])
             pairs.append((printable(name), printable(close[0])))
     return pairs

@@ -1,5 +1,6 @@
 """From the options of `softcheck model` to the model at a point that is checked."""
 
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ def load_case(options: ModelOptions) -> LoadedCase:
     if options.arch is None and checkpoint.fixed_mode is not None:
         _check_mode(checkpoint, train=options.train)
     else:
-        model.module.train(options.train)
+        with contextlib.suppress(NotImplementedError):  # an exported program in which nothing depends on the mode
+            model.module.train(options.train)
     if device_of(model.module) != device:
         model.module.to(device)
     inputs = model_inputs(
@@ -158,7 +160,8 @@ def _state_notes(module: nn.Module, options: ModelOptions) -> tuple[str, ...]:
     notes = [f"the model is in {'train' if options.train else 'eval'} mode"]
     if options.train:
         dropped = sum(1 for one in module.modules() if isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0)
-        what = f"{dropped} dropout layers and other randomness start" if dropped else "randomness starts"
+        layers = "layer" if dropped == 1 else "layers"
+        what = f"{dropped} dropout {layers} and all other randomness start" if dropped else "randomness starts"
         notes.append(f"{what} from seed {options.seed} in every call")
     floating = [one for one in module.parameters() if one.is_floating_point()]
     frozen = [one for one in floating if not one.requires_grad]

@@ -50,20 +50,15 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         for owner in module.modules()
         for name, buffer in owner.named_buffers(recurse=False)
     ]
-    versions = [_version(buffer) for _, _, buffer, _ in kept]
     try:
         yield
     finally:
-        for (owner, name, buffer, numbers), version in zip(kept, versions, strict=True):
-            if _version(buffer) != version or version is None:
+        for owner, name, buffer, numbers in kept:
+            if not torch.equal(buffer, numbers):  # copying only what changed leaves the others mapped from the file
                 with torch.no_grad():
                     buffer.copy_(numbers)
             if not isinstance(owner, torch.jit.ScriptModule) and owner._buffers.get(name) is not buffer:
                 owner._buffers[name] = buffer
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else int(tensor._version)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -14,14 +14,14 @@ from gradcheck_cli.program.outputs import as_real, real_vector
 
 def operator_tangents(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], moving: dict[int, Tensor], result: Any
-) -> list[Tensor | None]:
-    """The tangents of the operator's results; `moving` holds the operands' tangents by the id of the operand.
+) -> tuple[list[Tensor | None], float]:
+    """The tangents of the operator's results and their relative error; `moving` holds the operands' tangents by id.
 
     By differentiating its backward with respect to the upstream gradient, exact, where torch can; otherwise by
     finite differences. None for results without a derivative.
     """
     try:
-        return _twice_backward(func, args, kwargs, moving)
+        return _twice_backward(func, args, kwargs, moving), 0.0
     except RuntimeError:  # torch's NotImplementedError is one
         return _differenced(func, args, kwargs, moving, result)
 
@@ -50,13 +50,13 @@ def _twice_backward(
 
 def _differenced(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], moving: dict[int, Tensor], result: Any
-) -> list[Tensor | None]:
+) -> tuple[list[Tensor | None], float]:
     """Finite differences of all results along the operands' tangents, scaled to a step of order one."""
     operands = {id(value): value.detach() for value in tensors_in((args, kwargs)) if id(value) in moving}
     largest = max((float(moving[key].abs().max()) for key in operands if moving[key].numel()), default=0.0)
     kept = [value for value in tensors_in(result) if value.is_floating_point() or value.is_complex()]
     if largest == 0.0 or not kept:
-        return [None for _ in tensors_in(result)]
+        return [None for _ in tensors_in(result)], 0.0
     directions, steps = {}, step_ladder(scale=1.0)
     for key, value in operands.items():
         directions[key], own = exact_direction(as_real(moving[key] / largest), as_real(value), steps)
@@ -73,7 +73,8 @@ def _differenced(
         found = tensors_in(func(*pytree.tree_map(moved, args), **pytree.tree_map(moved, kwargs)))
         return real_vector([value for value in found if value.is_floating_point() or value.is_complex()])
 
-    slopes = differentiate_line(curve, steps, eps=2.0**-52).value * largest
+    found = differentiate_line(curve, steps, eps=2.0**-52)
+    slopes = found.value * largest
     parts = iter(torch.split(slopes, [as_real(value).numel() for value in kept]))
     tangents: list[Tensor | None] = []
     for value in tensors_in(result):
@@ -82,4 +83,5 @@ def _differenced(
             continue
         part = next(parts).reshape(as_real(value).shape)
         tangents.append((torch.view_as_complex(part.contiguous()) if value.is_complex() else part).to(value.dtype))
-    return tangents
+    size = float(found.value.norm())
+    return tangents, float(found.bar.norm()) / size if size else 0.0

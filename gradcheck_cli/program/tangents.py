@@ -52,6 +52,8 @@ class TrueTangents(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self._calls = 0
         self._escapes: dict[Escape, None] = {}
         self.differenced: dict[str, None] = {}
+        self.error = 0.0
+        """The largest relative error of a tangent that had to be differenced; infinite where nothing is known."""
 
     @property
     def escapes(self) -> tuple[Escape, ...]:
@@ -82,7 +84,7 @@ class TrueTangents(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         """Run one operator, and its derivative if an operand moves."""
         kwargs = kwargs or {}
         moving = {id(value): own for value in tensors_in((args, kwargs)) if (own := self.of(value)) is not None}
-        if not moving or is_view(func):
+        if not moving or is_view(func) or torch.Tag.inplace_view in func.tags:
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             self.note_escape(args[0], "item")
@@ -155,23 +157,18 @@ class _Call:
     def run(self) -> Any:
         """The result; the tangents of what was returned or written are kept."""
         with _autograd_enabled(), torch.no_grad():
-            draws = torch.Tag.nondeterministic_seeded in self._func.tags
-            state = torch.get_rng_state() if draws else None
-            try:
-                return self._by_forward_mode(make_dual)
-            except (NotImplementedError, RuntimeError) as problem:
-                if not _lacks_rule(problem):
-                    raise
+            state = torch.get_rng_state() if torch.Tag.nondeterministic_seeded in self._func.tags else None
+            for make in (make_dual, make_dual_with_decompositions):
+                try:
+                    return self._by_forward_mode(make)
+                except (NotImplementedError, RuntimeError) as problem:
+                    if not _lacks_rule(problem):
+                        raise
                 if state is not None:
                     torch.set_rng_state(state)
-            try:
-                return self._by_forward_mode(make_dual_with_decompositions)
-            except (NotImplementedError, RuntimeError) as problem:
-                if not _lacks_rule(problem) or self._written:
-                    raise
-                if state is not None:
-                    torch.set_rng_state(state)
-            return self._by_slopes()
+            if any(key in self._moving for key in self._written):
+                raise NotImplementedError(f"{self._func} writes in place and has no derivative in forward mode")
+            return self._by_slopes(state)
 
     def plain(self, value: Any) -> Any:
         """A result as an operator below autograd gives it: without a trace of the dual numbers behind it."""
@@ -228,11 +225,21 @@ class _Call:
             self._mode._set(primal, tangent)
         return primal
 
-    def _by_slopes(self) -> Any:
-        """Without a forward rule: the operator's double backward, or finite differences of it alone."""
+    def _by_slopes(self, state: Tensor | None) -> Any:
+        """Without a forward rule: the operator's double backward, or finite differences of it alone.
+
+        `state` is that of the generator before the call, of an operator that draws.
+        """
         result = self._func(*self._args, **self._kwargs)
         self._mode.differenced[str(self._func._overloadpacket)] = None
-        tangents = operator_tangents(self._func, self._args, self._kwargs, self._moving, result)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if state is not None:
+                torch.set_rng_state(state)
+            return self._func(*args, **kwargs)
+
+        tangents, error = operator_tangents(again, self._args, self._kwargs, self._moving, result)
+        self._mode.error = max(self._mode.error, error)
         for value, tangent in zip(tensors_in(result), tangents, strict=True):
             if tangent is not None and _can_carry(value):
                 self._mode._set(value, tangent)
@@ -250,21 +257,27 @@ def _can_carry(tensor: Tensor) -> bool:
 
 def _lacks_rule(problem: Exception) -> bool:
     text = str(problem)
-    return isinstance(problem, NotImplementedError) or "forward AD" in text or "not implemented" in text
+    known = ("forward AD", "not implemented", "re-set the forward grad")
+    return isinstance(problem, NotImplementedError) or any(words in text for words in known)
 
 
 @contextlib.contextmanager
 def _autograd_enabled() -> Iterator[None]:
-    """Inside a dispatch mode autograd has been passed; operators called here go through it again.
+    """Inside a dispatch mode autograd has been passed; operators called here go through it again, in forward mode too.
 
-    Its rules hand over zeros without memory and lazily conjugated numbers, which have keys of their own.
+    A custom Function switches that off around its forward. Autograd's rules hand over zeros without memory and lazily conjugated numbers, which have keys of their own.
     """
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.ADInplaceOrView, keys.ZeroTensor, keys.Conjugate, keys.Negative):
         excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
-        yield
+    forward_was = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            yield
+    finally:
+        torch._C._set_fwd_grad_enabled(forward_was)
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:

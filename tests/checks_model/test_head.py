@@ -72,6 +72,11 @@ def test_a_wrong_softmax_fails(monkeypatch: pytest.MonkeyPatch):
     assert all(row.worst is not None for row in failed)
 
 
+def test_a_float32_twin_is_looked_at_in_float64():
+    logits = normal(6, 8).float()
+    assert {row.dtype for row in rows(logits, wide=logits) if row.detectable is not None} == {"float64", "float32"}
+
+
 def test_at_most_four_rows_are_taken_and_named():
     logits = normal(60, 12)
     logits[17] *= 40  # saturated

@@ -215,6 +215,12 @@ def test_a_loss_that_computes_in_float32_is_kept_wide():
     assert [row.verdict for row in found] == [Verdict.PASS] * 2
 
 
+def test_a_float32_twin_is_looked_at_in_float64():
+    logits, targets = normal(6, 8).float(), targets_for((6, 8), 1)
+    found = rows(logits, targets, wide=logits)
+    assert [(row.dtype, row.verdict) for row in found] == [("float64", Verdict.PASS), ("float32", Verdict.PASS)]
+
+
 def test_a_detached_loss_is_a_missing_gradient():
     targets = targets_for((6, 8), 1)
     row = failed(normal(6, 8), targets, lambda output: F.cross_entropy(output.detach(), targets))

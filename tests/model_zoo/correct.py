@@ -167,7 +167,8 @@ CHANGED = (
     ),
     CorrectModel(name="dead relus", make=_changed(mlp, _dead), inputs=features),
     CorrectModel(name="biases of zero", make=_changed(resnet, _zero(".bias")), inputs=images),
-    CorrectModel(name="relus at exact zeros", make=_changed(mlp, _zero(".bias")), inputs=_with_blank_rows, kinked=("inputs", "parameters")),
+    CorrectModel(name="relus at exact zeros", make=_changed(mlp, _zero(".bias")), inputs=_with_blank_rows,
+                 kinked=("inputs", "parameters")),
     CorrectModel(
         name="residual branches of zero",
         make=_changed(shallow, _zero("attention.out.weight", "attention.out.bias", "mlp.down.weight", "mlp.down.bias")),

@@ -119,7 +119,7 @@ def test_tied_parameters_that_differ_in_the_file_are_told(tmp_path):
     tensors = {"wte.weight": torch.zeros(11, 4), "lm_head.weight": torch.ones(11, 4)}
     built = build(code(tmp_path, TIED) + ":Tied", tensors)
     assert built.module.wte.weight is built.module.lm_head.weight
-    assert float(built.module.wte.weight.mean()) == 1
+    assert torch.equal(built.module.wte.weight, torch.ones(11, 4))
     assert "differ in the file" in built.notes[0]
 
 
@@ -153,6 +153,13 @@ def test_what_stands_outside_the_prefix_is_left_out_and_told(tmp_path):
     tensors = {f"model.{name}": value for name, value in linears().items()} | {"criterion.weight": torch.ones(3)}
     built = build(code(tmp_path, NET) + ":Net", tensors)
     assert "criterion.weight" in built.notes[0]
+
+
+def test_a_part_of_the_file_alone_is_not_taken_for_the_model(tmp_path):
+    tensors = {f"{part}.{name}": value for part in ("first", "second") for name, value in linears().items()}
+    assert "unexpected" in refusal(code(tmp_path, NET) + ":Net", tensors).message
+    layer = {"0.weight": torch.ones(8, 4), "0.bias": torch.ones(8), "2.weight": torch.ones(1, 8)}
+    assert "unexpected" in refusal("torch.nn:Linear", layer, {"in_features": 4, "out_features": 8}).message
 
 
 def test_no_prefix_is_taken_off_where_that_does_not_make_everything_fit(tmp_path):
@@ -291,4 +298,6 @@ def test_a_class_of_transformers_takes_its_configuration_as_arguments():
     assert module.lm_head.weight.data_ptr() == tensors["transformer.wte.weight"].data_ptr()
     inner = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     assert build("transformers:GPT2Model", tensors, {**sizes, **ends}).notes[0].startswith("the prefix transformer.")
-    assert build("transformers:GPT2LMHeadModel", inner, {"config": {**sizes, **ends}}).module.lm_head.weight.shape[0] == 20
+    assert (
+        build("transformers:GPT2LMHeadModel", inner, {"config": {**sizes, **ends}}).module.lm_head.weight.shape[0] == 20
+    )

@@ -11,7 +11,7 @@ from gradcheck_cli.checks.model.function_of_model import check_function_of_model
 from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, wrong_tensors
 from gradcheck_cli.checks.model.parameters import Probed
 from gradcheck_cli.checks.model.probe import make_direction, true_slope
-from gradcheck_cli.checks.model.replica import Leaf, Replica
+from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.suspects import Culprit, Suspects
 from gradcheck_cli.checks.model.watch import Call
 from gradcheck_cli.results import Diagnosis, Mismatch
@@ -89,7 +89,7 @@ def _stale(found: tuple[list[Culprit], Suspects], replica: Replica) -> Blame:
     if culprits:
         text += f" ({'; '.join(one.text for one in culprits)})"
     detail: dict[str, str | float] = {"place": culprits[0].place} if culprits and culprits[0].place else {}
-    return Blame(diagnosis=Diagnosis(code="stale-saved-tensor", message=text, detail=detail), culprits=tuple(culprits))
+    return Blame(diagnosis=Diagnosis(code="stateful", message=text, detail=detail), culprits=tuple(culprits))
 
 
 def _told(
@@ -120,7 +120,7 @@ def _told(
             code, text = row.diagnosis.code, f"{text}: {row.diagnosis.message}"
             worst = worst or row.worst
     if factor is not None and (code in ("hook", "custom-function", "unrecognised")):
-        code, text = "constant-factor", f"{text}: the gradient is {factor:.9g} times the true one"
+        code, text = "scale", f"{text}: the gradient is {factor:.9g} times the true one"
         detail["factor"] = factor
     if code == "custom-function":
         code = "unrecognised"
@@ -145,8 +145,7 @@ def _by_name(run: LocalRun, inputs: Mapping[int, Tensor], parameters: Mapping[st
 
 def _direction(run: LocalRun, claimed: Mapping[str, Tensor | None], *, seed: int) -> dict[str, Tensor]:
     points = run.points()
-    leaves = [Leaf(names=(name,), tensor=point, stored=point.detach()) for name, point in points.items()]
-    direction = make_direction(leaves, [claimed.get(name) for name in points], seed=seed)
+    direction = make_direction(run.leaves(), [claimed.get(name) for name in points], seed=seed)
     return dict(zip(points, direction.parts, strict=True))
 
 

@@ -66,9 +66,10 @@ def head(
 ) -> Iterator[CheckResult]:
     """The rows of the group "head": the softmax along the class axis of the model's logits.
 
-    `logits` [..., classes, ...] are in the stored dtype, `wide_logits` those of the float64 twin; `budget` is a time
-    in seconds after which no further method is begun. At most four rows of logits are differentiated. A saturated
-    softmax or an exp that needs its shift is told and never a failure; logits that are not finite are an error.
+    `logits` [..., classes, ...] are in the stored dtype, `wide_logits` those of the twin, whose numbers are taken in
+    float64 whatever the twin's dtype; `budget` is a time in seconds after which no further method is begun. At most
+    four rows of logits are differentiated. A saturated softmax or an exp that needs its shift is told and never a
+    failure; logits that are not finite are an error.
     """
     refused = _refused(case, logits, wide_logits)
     if refused is not None:
@@ -78,7 +79,7 @@ def head(
     rows = _figures(layout.row_matrix(logits.detach()))
     picked, described = _picked(rows, layout.length, seed)
     deadline = math.inf if budget is None else time.perf_counter() + budget
-    wide_picked = layout.row_matrix(wide_logits.detach())[picked]
+    wide_picked = in_float64(layout.row_matrix(wide_logits.detach())[picked])
     task = _Task(picked=picked, described=described, seed=seed, deadline=deadline, advance=advance)
     yield from _jacobians(wide_picked, (REFERENCE_METHOD, *METHODS), task)
     if logits.dtype != torch.float64:
@@ -87,6 +88,11 @@ def head(
         yield from _jacobians(own, methods, task)
     yield _saturation(rows, logits)
     yield _overflow(rows, logits)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The same numbers in float64, on the CPU where the device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _row(name: str, method: str, logits: Tensor, verdict: Verdict, reason: str) -> CheckResult:
@@ -110,11 +116,12 @@ def _refused(case: ModelCase, logits: Tensor, wide_logits: Tensor) -> CheckResul
         kind = str(logits.dtype).removeprefix("torch.")
         reason = f"the model's output, {kind} of shape {tuple(logits.shape)}, holds no logits"
         return _row(name, method, logits, Verdict.ERROR, reason)
-    for values, dtype in ((wide_logits, "the float64 twin"), (logits, str(logits.dtype).removeprefix("torch."))):
+    for values, run in ((wide_logits, " twin"), (logits, "")):
+        dtype = f"{str(values.dtype).removeprefix('torch.')}{run}"
         broken = torch.isnan(values) | torch.isposinf(values)
         if bool(broken.any()):
-            what = "NaN or inf"
-            reason = f"{int(broken.sum()):,} of {broken.numel():,} logits are {what} in {dtype}: nothing can be checked"
+            count = f"{int(broken.sum()):,} of {broken.numel():,} logits"
+            reason = f"{count} are NaN or inf in {dtype}: nothing can be checked"
             return _row(name, method, values, Verdict.ERROR, reason)
     if logits.shape[case.loss.axis] == 1:
         reason = "there is one class: its softmax is 1 whatever the logits, and every gradient is zero"
@@ -128,7 +135,7 @@ def _figures(matrix: Tensor) -> _Rows:
     """One pass over [rows, classes], some rows at a time."""
     found: list[Tensor] = []
     for part in torch.split(matrix, max(1, _CHUNK // matrix.shape[1])):
-        scores = (part.cpu() if part.device.type == "mps" else part).double()
+        scores = in_float64(part)
         top, place = scores.max(dim=1, keepdim=True)
         shift = top.masked_fill(torch.isneginf(top), 0.0)
         weights = (scores - shift).exp()

@@ -41,7 +41,7 @@ def judge(
     agrees = abs(claimed - truth.value) <= tolerance
     seen = Seen.of(slope, claimed=claimed, truth=truth.value, scale=scale, resolution=resolution)
     if agrees:
-        return _agreed(seen, truth, slope, tolerance=tolerance, scale=scale, claimed=claimed)
+        return _agreed(seen, truth, slope, tolerance=tolerance, scale=scale)
     if seen.accepts_claim and not seen.accepts_truth:
         reason = "tangents were lost on the way (a foreign kernel or NumPy): judged by finite differences"
         return Judgement(
@@ -54,13 +54,13 @@ def judge(
         )
     if not seen.accepts_claim:
         return Judgement(verdict=Verdict.FAIL, expected=truth.value, bound=tolerance, difference=Verdict.FAIL)
-    reason = None if seen.usable else "finite differences cannot tell here"
+    reason = "the error is below what differences of the whole model resolve"
     return Judgement(
         verdict=Verdict.FAIL,
         expected=truth.value,
         bound=tolerance,
         difference=Verdict.PASS if seen.usable else Verdict.SKIPPED,
-        difference_reason=reason or "the error is below what differences of the whole model resolve",
+        difference_reason=reason if seen.usable else _why_blind(slope),
         needs_confirmation=True,
     )
 
@@ -94,9 +94,7 @@ class Seen:
         )
 
 
-def _agreed(
-    seen: Seen, truth: Truth, slope: LineEstimate | None, *, tolerance: float, scale: float, claimed: float
-) -> Judgement:
+def _agreed(seen: Seen, truth: Truth, slope: LineEstimate | None, *, tolerance: float, scale: float) -> Judgement:
     """Autograd and the tangents say the same."""
     if seen.accepts_claim:
         difference = Verdict.PASS if seen.usable else Verdict.SKIPPED
@@ -117,15 +115,13 @@ def _agreed(
             difference=Verdict.FAIL,
             by_difference=True,
         )
-    verdict = Verdict.INCONCLUSIVE if plain else Verdict.SKIPPED
+    verdict = Verdict.INCONCLUSIVE if plain and slope is not None and not bool(slope.kink) else Verdict.SKIPPED
     return Judgement(
         verdict=Verdict.PASS,
         expected=truth.value,
         bound=tolerance,
         difference=verdict,
-        difference_reason="differences disagree by little, autograd and tangents agree: a jump or kinks near the point"
-        if not plain
-        else "differences disagree, autograd and tangents agree: a jump near the point, or numbers that leave PyTorch",
+        difference_reason="autograd and the tangents agree, differences do not: a kink or a jump at the point",
     )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradcheck_cli.checks.model.probe import make_direction
-from gradcheck_cli.checks.model.replica import Leaf, Replica
+from gradcheck_cli.checks.model.probe import ERROR_SAFETY, make_direction
+from gradcheck_cli.checks.model.replica import Leaf, Replica, padding_rows
 from gradcheck_cli.checks.model.watch import Call
 from gradcheck_cli.program.tangents import EscapeWatch, TrueTangents
 
@@ -54,6 +54,7 @@ class LocalRun:
 
     def __init__(self, replica: Replica, call: Call) -> None:
         self._replica, self.call = replica, call
+        self.error = 0.0
         self.parameters = {
             name: p for name, p in call.module.named_parameters() if p.requires_grad and p.is_floating_point()
         }
@@ -62,6 +63,14 @@ class LocalRun:
         """The tensors that vary, by name: inputs that required grad, and the module's parameters."""
         inputs = {f"input {self.label(place)}": self._input(place) for place in self.call.differentiable}
         return {**inputs, **self.parameters}
+
+    def leaves(self) -> list[Leaf]:
+        """The same as leaves of a direction."""
+        still = padding_rows(self.call.module)
+        return [
+            Leaf(names=(name,), tensor=point, stored=point.detach(), padding=still.get(id(point), ()))
+            for name, point in self.points().items()
+        ]
 
     def _input(self, place: int) -> Tensor:
         value = self.call.inputs[place]
@@ -124,6 +133,7 @@ class LocalRun:
         with self._replica.inside(tangents), self._replica.inside(EscapeWatch(tangents)), self.around():
             with torch.enable_grad():
                 outputs = self.forward(inputs)
+            self.error = max(self.error, tangents.error)
             products = []
             for place, w in self.call.upstream.items():
                 own = tangents.of(outputs[place]) if place in outputs else None
@@ -168,8 +178,7 @@ def _compared(
     run: LocalRun, in_model: Mapping[str, Tensor | None], alone: Mapping[str, Tensor | None], *, seed: int
 ) -> LocalCheck:
     points = run.points()
-    leaves = [Leaf(names=(name,), tensor=point, stored=point.detach()) for name, point in points.items()]
-    direction = make_direction(leaves, [in_model.get(name) for name in points], seed=seed)
+    direction = make_direction(run.leaves(), [in_model.get(name) for name in points], seed=seed)
     parts = dict(zip(points, direction.parts, strict=True))
     true = run.true_product(parts)
     claims = [_dot(alone.get(name), part) for name, part in parts.items()]
@@ -178,7 +187,7 @@ def _compared(
         in_model=direction.claimed,
         alone=math.fsum(claims),
         true=true,
-        bound=LOCAL_SHARE * scale,
+        bound=(LOCAL_SHARE + ERROR_SAFETY * run.error) * scale,
         names=tuple(points),
         scale=scale,
     )
@@ -193,11 +202,10 @@ def wrong_tensors(
 ) -> Sequence[tuple[str, float, float]]:
     """The tensors of one call whose own probe is wrong: name, claimed and true ⟨g, u⟩."""
     points = run.points()
-    leaves = [Leaf(names=(name,), tensor=point, stored=point.detach()) for name, point in points.items()]
-    direction = make_direction(leaves, [claimed.get(name) for name in points], seed=seed)
+    direction = make_direction(run.leaves(), [claimed.get(name) for name in points], seed=seed)
     found = []
     for name, part, claim in zip(points, direction.parts, direction.claims, strict=True):
         true = run.true_product({name: part})
-        if not abs(claim - true) <= LOCAL_SHARE * (abs(claim) + abs(true)):
+        if not abs(claim - true) <= (LOCAL_SHARE + ERROR_SAFETY * run.error) * (abs(claim) + abs(true)):
             found.append((name, claim, true))
     return found

@@ -39,6 +39,11 @@ class Looked:
         return [(call, found) for call, found in self.calls if found.wrong_in_model or found.wrong_alone]
 
     @property
+    def wrong_alone(self) -> bool:
+        """Whether a call is wrong without the rest of the model, too."""
+        return any(found.wrong_alone for _, found in self.calls)
+
+    @property
     def mark(self) -> ModuleMark:
         """For the tree."""
         if not self.calls:
@@ -67,7 +72,7 @@ class ModuleSearch:
             self._replica.run()
         self._root.opened = True
         self._open(self._root)
-        faults = self._innermost(self._root)
+        faults = sorted(self._innermost(self._root), key=lambda one: not one.wrong_alone)
         self._fault = faults[0] if faults else self._root
         yield self._row(self._fault, first=True)
         for other in faults[1:]:

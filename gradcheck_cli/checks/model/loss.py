@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradcheck_cli.checks.function import FunctionCheck, FunctionPlan
 from gradcheck_cli.checks.judge import DEFAULT_RESOLUTION, Row, judged, skipped
-from gradcheck_cli.checks.model.head import without_blindness
+from gradcheck_cli.checks.model.head import in_float64, without_blindness
 from gradcheck_cli.functions.cross_entropy import CrossEntropy, Reduction
 from gradcheck_cli.functions.double_double import DoubleDouble
 from gradcheck_cli.functions.reference import ROUNDING_SAFETY, Product, Rounding
@@ -63,10 +63,10 @@ class _Found:
 def loss(case: ModelCase, logits: object, *, wide_logits: object) -> Iterator[CheckResult]:
     """The rows of the group "loss".
 
-    For cross-entropy `logits` and `wide_logits` are the model's in the stored dtype and of the float64 twin, in any
-    shape with `case.loss.axis` as the class axis; every entry of dL/dlogits is compared with its closed form
-    (s - y)/N at both, up to a number of rows that the result states. For a loss of the user they are the model's
-    output, and the loss is checked as a function of it in float64.
+    For cross-entropy `logits` and `wide_logits` are the model's in the stored dtype and of the twin (whose numbers are
+    taken in float64 whatever the twin's dtype), in any shape with `case.loss.axis` as the class axis; every entry of
+    dL/dlogits is compared with its closed form (s - y)/N at both, up to a number of rows that the result states. For a
+    loss of the user they are the model's output, and the loss is checked as a function of it in float64.
     """
     if case.loss.logits is None:
         yield from _function(case, wide_logits)
@@ -79,7 +79,8 @@ def loss(case: ModelCase, logits: object, *, wide_logits: object) -> Iterator[Ch
             return
     assert isinstance(wide_logits, Tensor)
     assert isinstance(logits, Tensor)
-    yield _closed_form(case, wide_logits, native=logits.dtype)
+    has_float64 = wide_logits.device.type != "mps"
+    yield _closed_form(case, wide_logits.double() if has_float64 else wide_logits, native=logits.dtype)
     if logits.dtype != torch.float64:
         yield _closed_form(case, logits, native=logits.dtype)
 
@@ -200,8 +201,7 @@ def _picked(counted: Tensor, answer: _Answer, seed: int) -> list[int]:
 
 def _exact(answer: _Answer, targets: Tensor, rows: list[int], total: int) -> Product:
     """The closed form (s Σy - y)/N of these rows and its rounding bound in the logits' dtype, [rows, classes]."""
-    scores = answer.scores[rows]
-    scores = (scores.cpu() if scores.device.type == "mps" else scores).double()
+    scores = in_float64(answer.scores[rows])
     layout = RowLayout(shape=tuple(scores.shape), axis=1, keeps_axis=True)
     function = CrossEntropy(layout=layout, target=targets[rows], reduction=Reduction.NONE)
     reference = function.reference(function.layout(layout.shape, 1), scores)
@@ -316,7 +316,8 @@ def _function(case: ModelCase, output: object) -> Iterator[CheckResult]:
         reason = "its argument is not one tensor; the parameters' gradients go through it and are checked below"
         yield _told(case, output, Verdict.SKIPPED, reference="", reason=reason)
         return
-    program = make_program(case.loss.call, [output.detach()], name=case.loss.label, framework="torch", seed=case.seed)
+    point = output.detach() if output.device.type == "mps" else output.detach().double()
+    program = make_program(case.loss.call, [point], name=case.loss.label, framework="torch", seed=case.seed)
     plan = FunctionPlan(exhaustive=None if output.numel() <= SMALL_OUTPUT else False)
     for result in FunctionCheck(program, plan).results():
         yield replace(result, group=GROUP)

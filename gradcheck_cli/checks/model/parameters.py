@@ -4,7 +4,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.model.judge import Judgement, judge
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.probe import (
+    ERROR_SAFETY,
     LEAST_ULPS,
     NOISE_SAFETY,
     Direction,
     Truth,
     difference,
     make_direction,
+    nearby,
     true_slope,
 )
 from gradcheck_cli.checks.model.replica import Leaf, Outcome, Replica
@@ -46,7 +48,9 @@ class Probed:
     slope: LineEstimate | None
     tolerance: float
     judgement: Judgement
-    seconds: float
+    seconds: float = 0.0
+    at_kinks: bool = False
+    """Claim and truth differ at this point, where the model has kinks, and agree right beside it."""
 
 
 class ParameterCheck:
@@ -82,6 +86,7 @@ class ParameterCheck:
             yield bad
             return
         probed = self._probe(outcome, gradients)
+        self._reconsidered(probed)
         probed.seconds = time.perf_counter() - started
         self.probed = probed
         yield from self._probe_rows(probed)
@@ -127,6 +132,7 @@ class ParameterCheck:
         slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
         self._advance(3, 4, "rounding of the gradient")
         tolerance = self._tolerance(gradients, direction)
+        tolerance += ERROR_SAFETY * truth.error * math.fsum(abs(claim) for claim in direction.claims)
         judgement = judge(direction, truth, slope, tolerance=tolerance, resolution=self._plan.resolution)
         return Probed(
             outcome=outcome,
@@ -136,7 +142,37 @@ class ParameterCheck:
             slope=slope,
             tolerance=tolerance,
             judgement=judgement,
-            seconds=0.0,
+        )
+
+    def _reconsidered(self, probed: Probed) -> None:
+        """A second look beside the point: where the gradient is right there, only the choice at kinks differs.
+
+        At exact zeros and ties every slope between those of the sides is right, and compositions of such choices need
+        not lie between the one-sided slopes of the loss.
+        """
+        found = probed.judgement
+        if found.verdict is Verdict.PASS and found.difference in (Verdict.PASS, Verdict.SKIPPED):
+            return
+        if found.by_difference and found.verdict is Verdict.FAIL and probed.truth.escapes:
+            return
+        replica = self._replica
+        values = nearby(replica.leaves, seed=replica.case.seed, dtype=self._plan.wide)
+        try:
+            with replica.at(values):
+                other = self._probe(*replica.gradients())
+        except (SoftcheckError, NotImplementedError):
+            return
+        if other.judgement.verdict is not Verdict.PASS or other.judgement.difference is Verdict.INCONCLUSIVE:
+            return
+        probed.at_kinks = found.verdict is Verdict.FAIL
+        reason = "right beside this point; here the model has kinks (exact zeros or ties), where any slope is accepted"
+        probed.judgement = replace(
+            found,
+            verdict=Verdict.PASS,
+            difference=Verdict.SKIPPED,
+            reason=reason if probed.at_kinks else found.reason,
+            difference_reason="kinks at this very point; beside it the differences agree",
+            bound=max(found.bound, abs(probed.direction.claimed - found.expected)) if probed.at_kinks else found.bound,
         )
 
     def _levels(self, forward: float) -> int:

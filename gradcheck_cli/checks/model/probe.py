@@ -18,6 +18,10 @@ FARTHEST = 2.0**10
 NOISE_SAFETY = 16.0
 """Multiple of the rounding seen in float32, scaled to the dtype of the probe, that claim and truth may differ by."""
 LEAST_ULPS = 64.0
+ERROR_SAFETY = 16.0
+"""Multiple of a differenced tangent's relative error bar that is allowed for in what it contributes to."""
+NEARBY = 2.0**-10
+"""Share of its size by which a tensor moves for the second look: past kinks that are at the point itself."""
 _FIRST_STEP = 2.0**-12
 """The tensor that moves farthest moves by this much of its own size in the largest step."""
 
@@ -47,6 +51,8 @@ class Truth:
     value: float
     escapes: tuple[Escape, ...]
     differenced: tuple[str, ...]
+    error: float = 0.0
+    """Relative error of tangents that had to be differenced, operator by operator."""
 
 
 def make_direction(
@@ -70,6 +76,8 @@ def make_direction(
             claims.append(0.0)
             continue
         part = _gaussian(leaf.tensor.detach(), seed=seed * 1_000_003 + number)
+        if leaf.padding:
+            part[list(leaf.padding)] = 0.0
         if g is not None and norm > 0:
             part.add_(g, alpha=1 / norm)
         length = min(1 / norm, FARTHEST * middle * size) if norm > 0 else middle * size
@@ -103,6 +111,15 @@ def _sizes(leaves: Sequence[Leaf]) -> list[float]:
     return [n or middle * math.sqrt(max(leaf.stored.numel(), 1)) for n, leaf in zip(norms, leaves, strict=True)]
 
 
+def nearby(leaves: Sequence[Leaf], *, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """A point beside the stored one, every tensor moved by NEARBY of its own size at random: no exact ties or zeros."""
+    found = []
+    for number, (leaf, size) in enumerate(zip(leaves, _sizes(leaves), strict=True)):
+        value = leaf.stored.to(dtype, copy=True)
+        found.append(value.add_(_gaussian(value, seed=seed * 7_368_787 + number), alpha=NEARBY * size))
+    return found
+
+
 def true_slope(replica: Replica, parts: Sequence[Tensor | None]) -> Truth:
     """The derivative of the loss along the direction by tangents below autograd: one forward pass."""
     tangents = TrueTangents()
@@ -113,7 +130,10 @@ def true_slope(replica: Replica, parts: Sequence[Tensor | None]) -> Truth:
         loss = replica.run().loss
     own = tangents.of(loss)
     return Truth(
-        value=0.0 if own is None else float(own), escapes=tangents.escapes, differenced=tuple(tangents.differenced)
+        value=0.0 if own is None else float(own),
+        escapes=tangents.escapes,
+        differenced=tuple(tangents.differenced),
+        error=tangents.error,
     )
 
 

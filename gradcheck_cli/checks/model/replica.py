@@ -34,6 +34,8 @@ class Leaf:
     tensor: Tensor
     stored: Tensor
     is_input: bool = False
+    padding: tuple[int, ...] = ()
+    """Rows that by PyTorch's custom get no gradient although the value depends on them: they are not moved."""
 
     @property
     def name(self) -> str:
@@ -80,6 +82,7 @@ class Replica:
         flat, self._structure = pytree.tree_flatten((tuple(case.args), dict(case.kwargs)))
         self._inputs: list[object] = flat
         self.leaves += tuple(self._input_leaves(_input_names(case.args, case.kwargs)))
+        self._base = [leaf.stored for leaf in self.leaves]
         self._gradients = [(leaf.tensor, leaf.tensor.grad) for leaf in self.leaves]
 
     def _input_leaves(self, names: Sequence[str]) -> Iterator[Leaf]:
@@ -101,9 +104,12 @@ class Replica:
 
     def _exchange(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
-        for leaf in self.leaves:
+        for leaf, value in zip(self.leaves, self._base, strict=True):
             leaf.tensor.grad = None
-            leaf.tensor.data = leaf.stored if dtype is None else leaf.stored.to(dtype, copy=True)
+            if dtype is None:
+                leaf.tensor.data = value if value.dtype == leaf.stored.dtype else value.to(leaf.stored.dtype)
+            else:
+                leaf.tensor.data = value.to(dtype, copy=True)
         for one in self._kept:
             one.tensor.data = self._value_of(one)
 
@@ -113,6 +119,7 @@ class Replica:
 
     def close(self) -> None:
         """Give the module its own numbers and the gradients that it had."""
+        self._base = [leaf.stored for leaf in self.leaves]
         self._exchange(None)
         for one in self._kept:
             one.tensor.data = one.stored
@@ -153,7 +160,7 @@ class Replica:
         try:
             with self.around():
                 outcome.loss.backward()  # type: ignore[no-untyped-call]  # in torch
-            found = [leaf.tensor.grad for leaf in self.leaves]
+            found = [_dense(leaf.tensor.grad) for leaf in self.leaves]
         finally:
             for leaf in self.leaves:
                 leaf.tensor.grad = None
@@ -162,9 +169,20 @@ class Replica:
         return detached, [None if one is None else one.detach() for one in found]
 
     def move(self, direction: Sequence[Tensor], t: float) -> None:
-        """Set every leaf to its stored numbers plus t times the direction, in the memory that it has."""
-        for leaf, step in zip(self.leaves, direction, strict=True):
-            torch.add(leaf.stored, step, alpha=t, out=leaf.tensor.data)
+        """Set every leaf to its numbers at the point plus t times the direction, in the memory that it has."""
+        for leaf, value, step in zip(self.leaves, self._base, direction, strict=True):
+            torch.add(value, step, alpha=t, out=leaf.tensor.data)
+
+    @contextlib.contextmanager
+    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """At another point: these numbers in place of the stored ones, in the dtype that the replica is in."""
+        before, self._base = self._base, list(values)
+        self._exchange(self.dtype)
+        try:
+            yield
+        finally:
+            self._base = before
+            self._exchange(self.dtype)
 
     def put_back(self) -> None:
         """Give buffers and frozen parameters the numbers that they have before every run."""
@@ -249,8 +267,15 @@ def _parameters(module: torch.nn.Module) -> Iterator[Leaf]:
         if parameter.requires_grad and parameter.is_floating_point():
             names.setdefault(id(parameter), []).append(name)
             tensors[id(parameter)] = parameter
+    still = padding_rows(module)
     for key, tensor in tensors.items():
-        yield Leaf(names=tuple(names[key]), tensor=tensor, stored=tensor.detach())
+        yield Leaf(names=tuple(names[key]), tensor=tensor, stored=tensor.detach(), padding=still.get(key, ()))
+
+
+def padding_rows(module: torch.nn.Module) -> dict[int, tuple[int, ...]]:
+    """The rows of embeddings (by the parameter's id) that stand for padding."""
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag)]
+    return {id(one.weight): (int(one.padding_idx),) for one in tables if one.padding_idx is not None}
 
 
 def _kept(module: torch.nn.Module) -> list[_Kept]:
@@ -274,6 +299,11 @@ def _input_names(args: Sequence[object], kwargs: Mapping[str, object]) -> list[s
         alone = kind == "0" and rest == ["0"] and len(args) == 1
         names.append("input" if alone else ".".join(["input", *rest]))
     return names
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """An embedding may give its gradient as a sparse tensor."""
+    return gradient.to_dense() if gradient is not None and gradient.layout is not torch.strided else gradient
 
 
 def _detached(output: object) -> object:

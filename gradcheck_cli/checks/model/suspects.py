@@ -131,7 +131,7 @@ def _instruction(found: Instruction) -> Culprit:
 
 def _overwritten(found: Instruction, refused: str) -> Culprit:
     text = f"numbers that the backward needs are overwritten through {found.words}{_at(found.place)}"
-    return Culprit(code="stale-saved-tensor", text=f"{text} ({refused})", place=found.place)
+    return Culprit(code="stateful", text=f"{text} ({refused})", place=found.place)
 
 
 def _hooked(module: torch.nn.Module) -> Culprit:

@@ -125,11 +125,15 @@ class Watch:
         call = next(one for one in reversed(self._open) if one.module is module)
         self._open.remove(call)
         leaves, structure = pytree.tree_flatten(output)
-        call.outputs = tuple(place for place, leaf in enumerate(leaves) if _carries(leaf))
-        if not call.outputs or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return None
+        call.outputs = tuple(place for place, leaf in enumerate(leaves) if _could_carry(leaf))
+        if not call.outputs:
             return None
         for place in call.outputs:
-            alias = leaves[place].view_as(leaves[place])
+            cut = not leaves[place].requires_grad  # the module detached it: what would have arrived is still asked for
+            own = leaves[place].detach().requires_grad_() if cut else leaves[place]
+            alias = own.view_as(own)
             alias.register_hook(_storing(call.upstream, place))
             leaves[place] = alias
         return pytree.tree_unflatten(leaves, structure)
@@ -137,6 +141,10 @@ class Watch:
 
 def _carries(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+
+
+def _could_carry(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout is torch.strided
 
 
 def _copy(leaf: object) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.archives import is_bomb
 from gradcheck_cli.sources.checkpoints.checkpoint import Checkpoint
 from gradcheck_cli.sources.checkpoints.exported_graph import program_refusal, training_mode, unsafe_guards
-from gradcheck_cli.sources.checkpoints.members import checked_members
+from gradcheck_cli.sources.checkpoints.members import check_contents, checked_members
 from gradcheck_cli.sources.checkpoints.quiet import quiet, without_pickled_objects
 from gradcheck_cli.sources.checkpoints.records import read_records, record_sizes
 from gradcheck_cli.sources.checkpoints.torch_saved import refused_global
 from gradcheck_cli.sources.checkpoints.torchscript import refused
 from gradcheck_cli.sources.files import Source
+from gradcheck_cli.sources.torch_files import MAPPED_BYTES
 from gradcheck_cli.sources.wording import first_line, printable
 
 _PROGRAM = "models/model.json"
@@ -34,12 +36,16 @@ def read_exported(source: Source, *, trust: bool) -> Checkpoint:
     custom operator that is not imported, and for a program on a device that is not here.
     """
     checked_members(source)
+    check_contents(source, mapped=source.size >= MAPPED_BYTES)  # the weights of a small file, too
     text = _program_text(source)
-    if not trust:
-        reason = _archive_refusal(source) or program_refusal(text)
-        if reason:
-            raise refused(source.origin, reason)
-    guarded = trust or not unsafe_guards(text)
+    try:
+        reason = None if trust else _archive_refusal(source) or program_refusal(text)
+        guarded = trust or not unsafe_guards(text)
+        mode = training_mode(text)
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise SoftcheckError(f"{source.origin}: damaged: {_PROGRAM} does not describe a graph") from error
+    if reason:
+        raise refused(source.origin, reason)
     try:
         with quiet(), nullcontext() if trust else without_pickled_objects():
             from torch.export import load
@@ -65,7 +71,7 @@ def read_exported(source: Source, *, trust: bool) -> Checkpoint:
         module=module,
         recorded=True,
         sample_inputs=_sample_inputs(program.example_inputs),
-        fixed_mode=training_mode(text),
+        fixed_mode=mode,
         notes=notes,
     )
 
@@ -83,33 +89,32 @@ def _program_text(source: Source) -> bytes:
 
 
 def _archive_refusal(source: Source) -> str | None:
-    """Why the records of the archive are refused."""
+    """Why the records of the archive are refused: native code, or an object in place of a tensor."""
     sizes = record_sizes(source)
     if native := next((name for name in sizes if "aotinductor" in name), None):
         return f"holds native code ({printable(native)})"
-    for folder in ("data/weights/", "data/constants/"):
-        for name, content in read_records(source, suffixes=("_config.json",)):
-            if name.startswith(folder) and (reason := _payload_refusal(content, folder, sizes)):
-                return reason
+    for name, content in read_records(source, suffixes=("_config.json",)):
+        try:
+            for entry_name, entry in json.loads(content)["config"].items():
+                kind = str(entry["path_name"]).rpartition("_")[0]
+                if entry["use_pickle"] or kind not in ("weight", "tensor"):
+                    return f"stores {printable(entry_name)} as a pickled object ({printable(entry['path_name'])})"
+                if not _fits(entry, sizes[f"{name.rpartition('/')[0]}/{entry['path_name']}"]):
+                    raise SoftcheckError(
+                        f"{source.origin}: damaged: {printable(entry_name)} and its record differ in size"
+                    )
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise SoftcheckError(f"{source.origin}: damaged: {printable(name)} cannot be read") from error
     return None
 
 
-def _payload_refusal(content: bytes, folder: str, sizes: Mapping[str, int]) -> str | None:
-    """Why a list of stored tensors is refused: an object in it is pickled, or claims more than its record holds."""
-    try:
-        entries = json.loads(content)["config"]
-        for name, entry in entries.items():
-            kind = str(entry["path_name"]).rpartition("_")[0]
-            if entry["use_pickle"] or kind not in ("weight", "tensor"):
-                return f"stores {printable(name)} as a pickled object ({printable(entry['path_name'])})"
-            extents = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
-            stored = sizes[folder + entry["path_name"]]
-            claimed = prod(extents)
-            if min(extents, default=0) < 0 or (claimed and not stored) or is_bomb(inflated=claimed, stored=stored):
-                return f"stores {printable(name)} with the shape {extents} in {stored} bytes"
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "holds a list of its tensors that cannot be read"
-    return None
+def _fits(entry: Mapping[str, Any], stored: int) -> bool:
+    """Whether the shape of a tensor can come from `stored` bytes; torch makes zeros of any shape out of no bytes."""
+    extents = [size["as_int"] for size in entry["tensor_meta"]["sizes"]]
+    numbers = prod(extents)
+    return (
+        min(extents, default=0) >= 0 and not (numbers and not stored) and not is_bomb(inflated=numbers, stored=stored)
+    )
 
 
 def _sample_inputs(stored: object) -> tuple[tuple[object, ...], Mapping[str, object]] | None:

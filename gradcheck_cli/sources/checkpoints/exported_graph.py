@@ -33,12 +33,11 @@ _FACTORIES = frozenset({"list", "dict", "set", "tuple", "int", "float", "str", "
 
 
 def program_refusal(text: bytes) -> str | None:
-    """Why a program is refused, naming the string that torch would run; None if it holds recorded operators only."""
-    try:
-        program = json.loads(text)
-    except (ValueError, RecursionError):
-        return "holds a description of its graph that cannot be read"
-    return next(_refusals(program), None)
+    """Why a program is refused, naming the string that torch would run; None if it holds recorded operators only.
+
+    Raises ValueError or RecursionError for text that is not JSON.
+    """
+    return next(_refusals(json.loads(text)), None)
 
 
 def unsafe_guards(text: bytes) -> bool:
@@ -127,9 +126,9 @@ def training_mode(text: bytes) -> str | None:
     """ "train" or "eval" where dropout or batch normalisation was recorded in that mode; None if neither was."""
     modes = set()
     for node in _nodes(json.loads(text)):
-        for argument in node.get("inputs", []):
-            if argument.get("name") in ("train", "training"):
-                modes.add(argument.get("arg", {}).get("as_bool"))
+        arguments = {argument.get("name"): argument.get("arg", {}) for argument in node["inputs"]}
+        without = any(arguments.get(name, {}).get("as_float") == 0 for name in ("p", "dropout"))  # nothing is dropped
+        modes |= {arguments[name].get("as_bool") for name in ("train", "training") if name in arguments and not without}
     return "train" if True in modes else "eval" if False in modes else None
 
 

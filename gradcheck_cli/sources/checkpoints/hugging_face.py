@@ -15,6 +15,7 @@ from gradcheck_cli.sources.checkpoints.checkpoint import Checkpoint
 from gradcheck_cli.sources.checkpoints.folders import FROM_SOURCE, folder_config, weight_files
 from gradcheck_cli.sources.checkpoints.quiet import quiet, without_pickled_objects
 from gradcheck_cli.sources.checkpoints.state_dict import module_tensors
+from gradcheck_cli.sources.checkpoints.torch_saved import RESAVE, refused_global
 from gradcheck_cli.sources.wording import first_line, printable, some_of
 
 _MAX_LAYERS = 10_000  # a hundred times what published models have
@@ -30,7 +31,6 @@ _FAILURES = (
     ArithmeticError,
     ImportError,
     MemoryError,
-    pickle.UnpicklingError,
 )
 
 
@@ -71,7 +71,13 @@ def read_folder(folder: Path) -> Checkpoint:
                 ignore_mismatched_sizes=True,  # they are in the report, which names them all
                 output_loading_info=True,
             )
-        except _FAILURES as error:
+        except pickle.UnpicklingError as error:
+            name = refused_global(error, str(folder))
+            raise SoftcheckError(
+                f"{folder}: refused: its weights store {name}, and rebuilding that could run code; nothing was run",
+                hint=RESAVE,
+            ) from error
+        except _FAILURES + _own_failures() as error:
             said = f"{type(error).__name__}: {first_line(error)[:200]}"
             raise SoftcheckError(f"{folder}: transformers cannot load this folder: {said}") from error
     _check_fit(report, kind.__name__, folder)
@@ -140,6 +146,12 @@ def _package(folder: Path) -> ModuleType:
             f"{folder}: reading a Hugging Face folder needs the package transformers, which is not installed",
             hint="pip install 'softcheck[huggingface]'",
         ) from error
+
+
+def _own_failures() -> tuple[type[Exception], ...]:
+    """The exceptions of the packages below transformers that are none of Python's own."""
+    hub = importlib.import_module("huggingface_hub.errors")
+    return importlib.import_module("safetensors").SafetensorError, getattr(hub, "StrictDataclassError", ValueError)
 
 
 @contextmanager

@@ -6,23 +6,19 @@ from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.checkpoints.members import MAX_DESCRIPTION_BYTES
 from gradcheck_cli.sources.files import Source
 
-_LARGEST_READ = 1 << 30  # torch reads a larger record in parts of this size
-
 
 class LegacyStream(io.RawIOBase):
-    """The bytes of a file, with a limit on those that pickles take and a list of the sizes of the records.
+    """The bytes of a file, with a limit on those that its pickles take.
 
     torch.load reads pickles with read and readline, and the records of the storages with readinto as long as the
-    stream has no file descriptor. `record_sizes` holds the sizes in bytes of what readinto delivered.
+    stream has no file descriptor.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        self.record_sizes: set[int] = set()
         self._origin = source.origin
         self._stream = source.open()
         self._left = MAX_DESCRIPTION_BYTES
-        self._unfinished = 0
 
     def close(self) -> None:
         """Close the file."""
@@ -56,14 +52,8 @@ class LegacyStream(io.RawIOBase):
         return self._counted(self._stream.readline(limit if size is None or size < 0 else min(size, limit)))
 
     def readinto(self, buffer: "bytearray | memoryview", /) -> int:  # type: ignore[override]  # Buffer is new in 3.12
-        """The next part of a record."""
-        view = memoryview(buffer).cast("B")
-        held = self._stream.readinto(view)  # type: ignore[attr-defined]  # open(path, "rb") has it, BinaryIO does not say
-        self._unfinished += held
-        self.record_sizes.add(self._unfinished)
-        if held < _LARGEST_READ:
-            self._unfinished = 0
-        return int(held)
+        """The next part of a record, which is not counted."""
+        return int(self._stream.readinto(buffer))  # type: ignore[attr-defined]  # BinaryIO does not say that it has it
 
     def _counted(self, content: bytes) -> bytes:
         self._left -= len(content)

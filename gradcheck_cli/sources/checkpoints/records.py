@@ -38,4 +38,5 @@ def read_records(source: Source, *, suffixes: tuple[str, ...]) -> Iterator[tuple
 
 
 def _damaged(source: Source, error: RuntimeError) -> SoftcheckError:
-    return SoftcheckError(f"{source.origin}: a damaged or truncated archive: {first_line(error)[:200]}")
+    reason = first_line(error).partition("(Could this error message")[0]  # an advice for PyTorch's developers
+    return SoftcheckError(f"{source.origin}: a damaged or truncated archive: {reason[:200]}")

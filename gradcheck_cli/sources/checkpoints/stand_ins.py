@@ -74,6 +74,11 @@ class Scalar:
         """Arguments are a dtype and bytes."""
 
 
+def _no_bytes() -> bytes:
+    """What bytes() gives; a pickle of protocol 2 calls it for the data of an empty array."""
+    return b""
+
+
 def _reconstruct(*_: object) -> Array:
     return Array()
 
@@ -81,6 +86,7 @@ def _reconstruct(*_: object) -> Array:
 def numpy_stand_ins() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
     """What torch.serialization.safe_globals takes: each stand-in with the name that it answers to."""
     named: list[tuple[Callable[..., object], str]] = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")]
+    named.append((_no_bytes, "builtins.bytes"))
     for core in ("numpy._core.multiarray", "numpy.core.multiarray"):
         named += [(Scalar, f"{core}.scalar"), (_reconstruct, f"{core}._reconstruct")]
     numbers = (kind for kind in vars(np).values() if isinstance(kind, type) and issubclass(kind, np.number | np.bool_))

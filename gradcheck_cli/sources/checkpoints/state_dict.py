@@ -40,10 +40,9 @@ def unwrap(tree: object, *, origin: str, record_sizes: frozenset[int] | None = N
     """The model in what a torch.save file held.
 
     Tensors keep their order and shared storage, are detached, and lose the prefixes of DataParallel and torch.compile.
-    `record_sizes` are the sizes in bytes of the records that the file really has (None: it is trusted). Raises
-    SoftcheckError if there is no tensor, if one is stored without data or expands to an absurd size, and if one has a
-    storage of another size than any record: torch.load lets a mapped tensor reach into the next record, and enlarges
-    a storage that strides point outside of.
+    `record_sizes` are the sizes in bytes of the records of a mapped file, from which torch.load lets a tensor reach
+    into the next record (None: torch.load itself compares them). Raises SoftcheckError if there is no tensor, and if
+    one is stored without data, is not as large as any record, or expands to an absurd size.
     """
     tree, notes = _without_wrappers(tree)
     if isinstance(tree, torch.nn.Module):

@@ -13,7 +13,7 @@ import torch
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.checkpoints.checkpoint import Checkpoint
 from gradcheck_cli.sources.checkpoints.legacy import LegacyStream
-from gradcheck_cli.sources.checkpoints.members import checked_members
+from gradcheck_cli.sources.checkpoints.members import check_contents, checked_members
 from gradcheck_cli.sources.checkpoints.pickles import pickled_module_class
 from gradcheck_cli.sources.checkpoints.stand_ins import numpy_stand_ins
 from gradcheck_cli.sources.checkpoints.state_dict import Unwrapped, unwrap
@@ -37,11 +37,14 @@ def read_torch_saved(source: Source, *, trust: bool) -> Checkpoint:
     """
     zipped = source.head.startswith(b"PK")
     members = checked_members(source) if zipped else []
-    mapped = zipped and source.size >= MAPPED_BYTES and all(m.compress_type == zipfile.ZIP_STORED for m in members)
-    legacy = None if zipped else LegacyStream(source)
+    mapped = (
+        zipped and source.size >= MAPPED_BYTES and all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    )
+    if zipped:
+        check_contents(source, mapped=mapped)
     refused = ""
     try:
-        tree = _loaded(source, mapped=mapped, legacy=legacy)
+        tree = _loaded(source, mapped=mapped)
     except pickle.UnpicklingError as error:
         refused = refused_global(error, source.origin)
         if not trust:
@@ -51,8 +54,8 @@ def read_torch_saved(source: Source, *, trust: bool) -> Checkpoint:
     if refused:
         found = _trusted(source, mapped=mapped)
     else:
-        sizes = {m.file_size for m in members if "/data/" in m.filename} if legacy is None else legacy.record_sizes
-        found = unwrap(tree, origin=source.origin, record_sizes=frozenset(sizes))
+        sizes = frozenset(member.file_size for member in members if "/data/" in member.filename)
+        found = unwrap(tree, origin=source.origin, record_sizes=sizes if mapped else None)
     return Checkpoint(
         path=Path(source.origin),
         kind="state dict" if found.module is None else "pickled module",
@@ -68,13 +71,13 @@ def damaged(origin: str, error: Exception) -> SoftcheckError:
     return SoftcheckError(f"{origin}: damaged, or not written by torch.save ({reason[:200]})")
 
 
-def _loaded(source: Source, *, mapped: bool, legacy: LegacyStream | None) -> object:
+def _loaded(source: Source, *, mapped: bool) -> object:
     """What torch.load rebuilds without running code; numbers of NumPy become stand-ins."""
     with warnings.catch_warnings(), torch.serialization.safe_globals(numpy_stand_ins()):
         warnings.simplefilter("ignore")
         if mapped:
             return torch.load(source.origin, map_location="cpu", weights_only=True, mmap=True)
-        with legacy or source.open() as stream:
+        with source.open() if source.head.startswith(b"PK") else LegacyStream(source) as stream:
             return torch.load(cast(BinaryIO, stream), map_location="cpu", weights_only=True, mmap=False)
 
 
@@ -101,13 +104,14 @@ def _refusal(source: Source, refused: str) -> SoftcheckError:
             "and rebuilding it runs code; nothing was run",
             hint=_TRUST,
         )
-    names = [refused]
+    names = {refused}
     with suppress(*DAMAGE), torch.serialization.safe_globals(numpy_stand_ins()):
         if source.head.startswith(b"PK"):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(source.origin)
-            names += sorted({printable(name) for name in unsafe} - {refused})
+            names = {printable(name) for name in unsafe} or names
+    listed = some_of(sorted(names))
     return SoftcheckError(
-        f"{source.origin}: refused: it stores {some_of(names)}, and rebuilding that could run code; nothing was run",
+        f"{source.origin}: refused: it stores {listed}, and rebuilding that could run code; nothing was run",
         hint=_TRUST,
     )
 

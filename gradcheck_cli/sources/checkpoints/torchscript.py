@@ -9,12 +9,13 @@ import torch
 
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.checkpoints.checkpoint import Checkpoint
-from gradcheck_cli.sources.checkpoints.members import checked_members
+from gradcheck_cli.sources.checkpoints.members import check_contents, checked_members
 from gradcheck_cli.sources.checkpoints.operators import refusal
 from gradcheck_cli.sources.checkpoints.records import read_records
 from gradcheck_cli.sources.checkpoints.script_source import pickle_refusal, script_refusal
 from gradcheck_cli.sources.checkpoints.state_dict import module_tensors
 from gradcheck_cli.sources.files import Source
+from gradcheck_cli.sources.torch_files import MAPPED_BYTES
 from gradcheck_cli.sources.wording import first_line
 
 TRUST = "give --trust-checkpoint if you trust where the file comes from, or check the source with --arch"
@@ -27,6 +28,7 @@ def read_torchscript(source: Source, *, trust: bool) -> Checkpoint:
     names an operator that does more than compute, and a native class that is not known. It is also raised for damage.
     """
     checked_members(source)
+    check_contents(source, mapped=source.size >= MAPPED_BYTES)  # the weights of a small file, too
     if not trust:
         for reason in _source_refusals(source):
             raise refused(source.origin, reason)
