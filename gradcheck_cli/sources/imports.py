@@ -16,7 +16,7 @@ from types import ModuleType
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.wording import first_line
 
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parents[1])
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
