@@ -53,9 +53,13 @@ def test_a_state_dict_comes_back_as_it_was(path, state, options):
 def test_wrapped(path, state, key, options):
     optimizer = torch.optim.Adam(SmallModel().parameters()).state_dict()
     optimizer["state"] = {0: {"exp_avg": torch.ones(2)}}
-    content = {"epoch": 3, "loss": torch.tensor(0.5), key: state, "optimizer": optimizer, "rng_state": torch.ones(9)}
-    if key == "generator":  # a name that means nothing: it is the only group
-        del content["loss"], content["rng_state"]
+    content = {
+        "epoch": 3,
+        "loss": torch.tensor(0.5),
+        key: state,
+        "optimizer": optimizer,
+        "rng_state": torch.get_rng_state(),
+    }
     checkpoint = _read(path, content, **options)
     assert _same(checkpoint.tensors, state)
     assert f"the tensors are those of the entry {key}" in checkpoint.notes
@@ -129,9 +133,42 @@ def test_prefixes_that_would_join_two_names_stay(path):
 
 
 def test_parts_of_a_model_keep_their_names(path, state):
-    checkpoint = _read(path, {"encoder": state, "decoder": state, "epoch": 1})
+    checkpoint = _read(path, {"encoder": state, "decoder": state, "epoch": 1, "loss": torch.tensor(0.5)})
     assert list(checkpoint.tensors) == [f"{part}.{name}" for part in ("encoder", "decoder") for name in state]
-    assert "left out, not tensors: epoch" in checkpoint.notes
+    assert checkpoint.notes == ("left out: epoch, loss",)
+
+
+def test_names_that_sound_like_training_stay(path):
+    stored = {
+        "scaler.mean": torch.ones(3),
+        "optimal.weight": torch.ones(2),
+        "scheduler": torch.ones(4),
+        "rng": torch.ones(1),
+    }
+    checkpoint = _read(path, stored)
+    assert list(checkpoint.tensors) == list(stored)
+    assert checkpoint.notes == ()
+
+
+def test_an_optimizer_beside_bare_weights_is_left_out(path, state):
+    checkpoint = _read(path, {**state, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}})
+    assert _same(checkpoint.tensors, state)
+    assert checkpoint.notes == ("left out: optimizer",)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_optimizer_is_no_model(path, wrapped):
+    module = SmallModel()
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    content = optimizer.state_dict()
+    with pytest.raises(SoftcheckError, match="the state of an optimizer and no model"):
+        _read(path, {"optimizer_state_dict": content, "epoch": 1} if wrapped else content)
+
+
+def test_a_wrapper_that_is_called_state(path, state):
+    assert _same(_read(path, {"state": state, "epoch": 3}).tensors, state)
 
 
 def test_a_list_of_parameters(path):

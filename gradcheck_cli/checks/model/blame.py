@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.function_of_model import check_function_of_model
 from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, wrong_tensors
 from gradcheck_cli.checks.model.parameters import Probed
@@ -14,6 +15,7 @@ from gradcheck_cli.checks.model.probe import make_direction, true_slope
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.suspects import Culprit, Suspects
 from gradcheck_cli.checks.model.watch import Call
+from gradcheck_cli.program.tangents import Escape
 from gradcheck_cli.results import Diagnosis, Mismatch
 from gradcheck_cli.sources.wording import some_of
 
@@ -34,7 +36,7 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
     """What is wrong in one call of a module; `inner`: it calls modules of its own, which agree."""
     if not checked.wrong_alone:
         found = _whole_suspects(replica, probed, list(call.module.modules()))
-        return _stale(found, replica)
+        return _stale(found)
     run = LocalRun(replica, call)
     inputs, parameters = run.product()
     claimed = _by_name(run, inputs, parameters)
@@ -45,6 +47,8 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
         now = _by_name(run, *run.product())
         return math.fsum(_dot(now[name], part) for name, part in direction.items())
 
+    if run.escapes:
+        return _escaped(run.escapes, wrong_tensors(run, claimed, seed=replica.case.seed))
     bound = LOCAL_SHARE * (math.fsum(abs(_dot(claimed[name], part)) for name, part in direction.items()) + abs(true))
     suspects = Suspects(claim, true=true, bound=bound, modules=list(call.module.modules()))
     culprits = suspects.culprits()
@@ -58,6 +62,8 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
 
 def blame_whole(replica: Replica, probed: Probed) -> Blame:
     """What is wrong in the model's own code, between the modules that it calls."""
+    if probed.judgement.by_difference and probed.truth.escapes:
+        return _escaped(probed.truth.escapes, [])
     culprits, suspects = _whole_suspects(replica, probed, [replica.case.module])
     right: dict[str, Tensor | None] = {}
     if culprits:
@@ -81,7 +87,7 @@ def _whole_suspects(
     return suspects.culprits(), suspects
 
 
-def _stale(found: tuple[list[Culprit], Suspects], replica: Replica) -> Blame:
+def _stale(found: tuple[list[Culprit], Suspects]) -> Blame:
     """A module that is right by itself and wrong in the model: something is shared between calls."""
     culprits, _ = found
     text = "right when it is called by itself, wrong inside the model: a tensor saved for the backward is shared "
@@ -122,11 +128,33 @@ def _told(
     if factor is not None and (code in ("hook", "custom-function", "unrecognised")):
         code, text = "scale", f"{text}: the gradient is {factor:.9g} times the true one"
         detail["factor"] = factor
+    if culprits[0].instruction is not None and _is_straight_through(claimed, right, [name for name, _, _ in tensors]):
+        code = "straight-through"
+        text += ": what goes round it has no derivative (a rounding or a step), a straight-through estimator"
     if code == "custom-function":
         code = "unrecognised"
     return Blame(
         diagnosis=Diagnosis(code=code, message=f"{text}{wrong}", detail=detail), worst=worst, culprits=tuple(culprits)
     )
+
+
+def _escaped(escapes: Sequence[Escape], tensors: Sequence[tuple[str, float, float]]) -> Blame:
+    """Numbers that leave PyTorch come back as constants."""
+    where = some_of([f"{one.operator} at {shown_path(one.place)}" for one in escapes])
+    text = f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
+    names = some_of([name for name, _, _ in tensors])
+    code = "zero-gradient" if tensors and all(claim == 0.0 for _, claim, _ in tensors) else "partial-gradient"
+    message = f"{text}; wrong by it: {names}" if names else text
+    return Blame(diagnosis=Diagnosis(code=code, message=message, detail={"place": escapes[0].place}))
+
+
+def _is_straight_through(
+    claimed: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None], names: Sequence[str]
+) -> bool:
+    """Whether the true gradients are zero (a rounding, a step) and others are claimed in their place."""
+    pairs = [(claimed.get(name), right.get(name)) for name in names]
+    flat = all(true is None or not bool(true.any()) for _, true in pairs)
+    return bool(pairs) and flat and all(got is not None and bool(got.any()) for got, _ in pairs)
 
 
 def _plain_code(tensors: Sequence[tuple[str, float, float]]) -> str:

@@ -13,7 +13,6 @@ from gradcheck_cli.checks.function.wording import first_line, shown_path
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.bypass import bypassed, described
 from gradcheck_cli.program.healed import Instruction, Instructions
-from gradcheck_cli.program.operators import tensors_in
 
 Claim = Callable[[], float]
 """The gradient under test along the direction whose true slope is known, computed anew."""
@@ -32,7 +31,7 @@ class Culprit:
     function: type | None = None
     arguments: tuple[Any, ...] = ()
     instruction: Instruction | None = None
-    module: torch.nn.Module | None = None
+    hooked: "Hooked | None" = None
 
 
 class Suspects:
@@ -47,7 +46,7 @@ class Suspects:
     def culprits(self) -> list[Culprit]:
         """The single thing that explains the error, otherwise all that do so together, otherwise none."""
         self._look()
-        hooked = [module for module in self._modules if module._backward_hooks or module._backward_pre_hooks]
+        hooked = [*_hooks(self._modules)]
         for cls in self._functions:
             if self._mends(bypassed(only=_one_of([cls]))):
                 return [self._function(cls)]
@@ -56,9 +55,9 @@ class Suspects:
                 return [_instruction(instruction)]
             if self._refused:
                 return [_overwritten(instruction, self._refused)]
-        for module in hooked:
-            if self._mends(_unhooked([module])):
-                return [_hooked(module)]
+        for one in hooked:
+            if self._mends(_unhooked([one])):
+                return [_hooked(one)]
         every = _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked(hooked))
         if self._mends(every):
             return self._together(hooked)
@@ -68,8 +67,8 @@ class Suspects:
         """Around a computation of the right gradient: without these."""
         functions = [one.function for one in culprits if one.function is not None]
         instructions = [one.instruction for one in culprits if one.instruction is not None]
-        modules = [one.module for one in culprits if one.module is not None]
-        return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(modules))
+        hooked = [one.hooked for one in culprits if one.hooked is not None]
+        return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(hooked))
 
     def _look(self) -> None:
         """One computation of the claim, only watched."""
@@ -93,7 +92,7 @@ class Suspects:
                 self._refused = first_line(problem)
             return False
 
-    def _together(self, hooked: Sequence[torch.nn.Module]) -> list[Culprit]:
+    def _together(self, hooked: Sequence["Hooked"]) -> list[Culprit]:
         """Those of them that are needed: without any one of these the gradient stays wrong."""
         found = []
         for cls in self._functions:
@@ -105,11 +104,11 @@ class Suspects:
             rest_of = [other for other in self._instructions if other != instruction]
             if not self._mends(_all_of(bypassed(), Instructions(ignored=rest_of), _unhooked(hooked))):
                 found.append(_instruction(instruction))
-        for module in hooked:
-            rest_hooked = [other for other in hooked if other is not module]
+        for one in hooked:
+            rest_hooked = [other for other in hooked if other is not one]
             others = _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked(rest_hooked))
             if not self._mends(others):
-                found.append(_hooked(module))
+                found.append(_hooked(one))
         return found
 
     def _function(self, cls: type) -> Culprit:
@@ -134,9 +133,36 @@ def _overwritten(found: Instruction, refused: str) -> Culprit:
     return Culprit(code="stateful", text=f"{text} ({refused})", place=found.place)
 
 
-def _hooked(module: torch.nn.Module) -> Culprit:
-    text = f"a backward hook on the module ({type(module).__name__}) changes the gradient"
-    return Culprit(code="hook", text=text, place="", module=module)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooked:
+    """A module or a parameter with backward hooks: what holds them, and how it is called in a sentence."""
+
+    words: str
+    holders: tuple[Any, ...]
+    place: str
+
+
+def _hooks(modules: Sequence[torch.nn.Module]) -> Iterator[Hooked]:
+    for module in modules:
+        holders = tuple(one for one in (module._backward_hooks, module._backward_pre_hooks) if one)
+        if holders:
+            yield Hooked(words=f"the module ({type(module).__name__})", holders=holders, place=_place_of(holders))
+        for name, p in module.named_parameters(recurse=False):
+            if p._backward_hooks:
+                yield Hooked(
+                    words=f"the parameter {name}", holders=(p._backward_hooks,), place=_place_of([p._backward_hooks])
+                )
+
+
+def _place_of(holders: Sequence[Any]) -> str:
+    """file:line of the first hook's code."""
+    code = getattr(next(iter(holders[0].values())), "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _hooked(found: Hooked) -> Culprit:
+    text = f"a backward hook on {found.words}{_at(found.place)} changes the gradient"
+    return Culprit(code="hook", text=text, place=found.place, hooked=found)
 
 
 def _at(place: str) -> str:
@@ -160,20 +186,13 @@ def _all_of(*contexts: AbstractContextManager[object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unhooked(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Without the modules' backward hooks."""
-    kept = [(m, dict(m._backward_hooks), dict(m._backward_pre_hooks)) for m in modules]
-    for module, _, _ in kept:
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
+def _unhooked(hooked: Sequence[Hooked]) -> Iterator[None]:
+    """Without these backward hooks."""
+    kept = [(holder, dict(holder)) for one in hooked for holder in one.holders]
+    for holder, _ in kept:
+        holder.clear()
     try:
         yield
     finally:
-        for module, hooks, pre_hooks in kept:
-            module._backward_hooks.update(hooks)
-            module._backward_pre_hooks.update(pre_hooks)
-
-
-def differentiable_arguments(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The floating-point tensors among a Function's arguments."""
-    return [value for value in tensors_in(list(arguments)) if value.is_floating_point()]
+        for holder, hooks in kept:
+            holder.update(hooks)

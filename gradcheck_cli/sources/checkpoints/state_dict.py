@@ -19,6 +19,7 @@ _WRAPPERS = (
 )
 # Entries that hold tensors and are no part of a model.
 _TRAINING = ("optim", "sched", "scaler", "rng", "callbacks", "loops")
+_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim")
 # Names that wrappers put between a module and its owner: torch.compile, FSDP and activation checkpointing.
 _INSERTED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = "module."
@@ -44,6 +45,7 @@ def unwrap(tree: object, *, origin: str, record_sizes: frozenset[int] | None = N
     into the next record (None: torch.load itself compares them). Raises SoftcheckError if there is no tensor, and if
     one is stored without data, is not as large as any record, or expands to an absurd size.
     """
+    had_optimizer = isinstance(tree, dict) and any(word in tree for word in ("param_groups", *_OPTIMIZERS))
     tree, notes = _without_wrappers(tree)
     if isinstance(tree, torch.nn.Module):
         return Unwrapped(tensors=module_tensors(tree), module=tree, notes=tuple(notes))
@@ -55,8 +57,7 @@ def unwrap(tree: object, *, origin: str, record_sizes: frozenset[int] | None = N
     }
     tensors = {name: tensor for name, tensor in plain.items() if tensor is not None}
     if not tensors:
-        optimizer = isinstance(tree, dict) and any(_is_training(str(key)) for key in tree)
-        what = "holds the state of an optimizer and no model" if optimizer else "holds no tensors"
+        what = "holds the state of an optimizer and no model" if had_optimizer else "holds no tensors"
         raise SoftcheckError(f"{origin}: {what}", hint=_SAVE_STATE_DICT)
     omitted = [printable(name) for name in leaves if name not in tensors]
     if omitted:
@@ -90,33 +91,40 @@ def _without_wrappers(tree: object) -> tuple[object, list[str]]:
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(tree, dict):
             break
-        groups = {str(key): part for key, part in tree.items() if _is_group(str(key), part)}
-        known = [key for key in _WRAPPERS if key in groups]
-        bare = any(isinstance(part, Tensor | Array) for part in tree.values())
-        if not known and (bare or len(groups) != 1):
-            training = [key for key in tree if _is_training(str(key)) and _holds_tensors(tree[key])]
-            if training and (bare or groups):
+        training = {key for key, part in tree.items() if _is_training(str(key), part, beside=tree)}
+        groups = {str(key): part for key, part in tree.items() if key not in training and _is_group(part)}
+        if not groups or any(isinstance(part, Tensor | Array) and _is_weight(part) for part in tree.values()):
+            if training:
                 notes.append(f"left out: {some_of(printable(str(key)) for key in training)}")
-            tree = {key: part for key, part in tree.items() if key not in training} if groups or bare else tree
-            break
-        chosen = known[0] if known else next(iter(groups))
-        others = [printable(str(key)) for key in tree if str(key) != chosen]
-        notes.append(f"the tensors are those of the entry {printable(chosen)}")
+            return {key: part for key, part in tree.items() if key not in training}, notes
+        known = [key for key in _WRAPPERS if key in groups]
+        chosen = known[:1] or list(groups)
+        others = [printable(str(key)) for key in tree if str(key) not in chosen]
         if others:
             notes.append(f"left out: {some_of(others)}")
-        tree = groups[chosen]
+        if len(chosen) > 1:
+            return groups, notes
+        notes.append(f"the tensors are those of the entry {printable(chosen[0])}")
+        tree = groups[chosen[0]]
     return tree, notes
 
 
-def _is_group(name: str, part: object) -> bool:
+def _is_group(part: object) -> bool:
     """Whether an entry can be a model or a part of one."""
-    if isinstance(part, torch.nn.Module):
-        return True
-    return isinstance(part, dict) and not _is_training(name) and _holds_tensors(part)
+    return isinstance(part, torch.nn.Module) or (isinstance(part, dict) and _holds_tensors(part))
 
 
-def _is_training(name: str) -> bool:
-    return name == "state" or any(word in name.lower() for word in _TRAINING)
+def _is_weight(part: Tensor | Array) -> bool:
+    """Whether a tensor can be a parameter; one without axes beside whole models is a loss or a count."""
+    tensor = part.tensor() if isinstance(part, Array) else part
+    return tensor is not None and tensor.dim() > 0 and tensor.dtype != torch.uint8  # the state of a random generator
+
+
+def _is_training(name: str, part: object, *, beside: Mapping[object, object]) -> bool:
+    """Whether an entry belongs to the training: the containers of optimizers, schedules and the like."""
+    if isinstance(part, Tensor | Array):
+        return False
+    return (name == "state" and "param_groups" in beside) or any(word in name.lower() for word in _TRAINING)
 
 
 def _holds_tensors(tree: object) -> bool:
