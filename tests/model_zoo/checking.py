@@ -1,12 +1,13 @@
 """From an entry of the zoo to what `softcheck model` says of it: the verdict, the module named and the diagnosis."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gradcheck_cli.checks.function.plan import no_progress
 from gradcheck_cli.checks.model.check import ModelCheck
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.models.case import ModelCase
@@ -86,12 +87,54 @@ def correct_case(model: CorrectModel, *, dtype: torch.dtype, train: bool, seed: 
 
 
 def redrawn(value: Any, *, seed: int) -> Any:
-    """The same inputs for seed 0, otherwise every tensor with its entries in another order along every axis.
+    """The same inputs for seed 0, otherwise others of their kind.
 
-    Ids stay ids, zeros stay zeros in number and ties stay ties, so that what a model was made for is kept.
+    Zeros stay where they are, other real numbers are drawn anew from a normal distribution; ids change places among
+    each other, except those in ascending order, which are offsets.
     """
-    if isinstance(value, torch.Tensor):
-        return _shuffled(value, seed) if seed else value
+    if isinstance(value, Tensor):
+        return _redrawn(value, torch.Generator().manual_seed(seed)) if seed else value
     if isinstance(value, Mapping):
         return {key: redrawn(one, seed=seed) for key, one in value.items()}
     return tuple(redrawn(one, seed=seed) for one in value) if isinstance(value, tuple) else value
+
+
+def _redrawn(value: Tensor, generator: torch.Generator) -> Tensor:
+    there = value != 0
+    found = value.clone()
+    if value.is_floating_point():
+        found[there] = torch.randn(int(there.sum()), generator=generator).to(value.dtype)
+    elif value.dim() > 1 or bool((value.diff() < 0).any()):
+        found[there] = value[there][torch.randperm(int(there.sum()), generator=generator)]
+    return found
+
+
+def check_model(case: ModelCase, plan: ModelPlan | None = None) -> Finding:
+    """What a whole run says of the case."""
+    rows = tuple(ModelCheck(case, plan or ModelPlan(), no_progress).results())
+    located = [row for row in rows if row.group == "where"]
+    failing = [*located, *(row for row in rows if row.verdict is Verdict.FAIL and row.group != "where")]
+    first = located[0].diagnosis if located else None
+    modules = [_module(row) for row in located]
+    return Finding(
+        rows=rows,
+        module=modules[0] if modules else None,
+        others=tuple(modules[1:]),
+        code=None if first is None else first.code,
+        message="" if first is None else first.message,
+        codes=tuple(dict.fromkeys(row.diagnosis.code for row in failing if row.diagnosis is not None)),
+    )
+
+
+def _module(row: CheckResult) -> str:
+    """The name in front of the kind, as in "blocks.3 (Block)"."""
+    name = row.name.rsplit(" (", 1)[0]
+    return "" if name == THE_MODEL else name
+
+
+def told(row: CheckResult) -> str:
+    """One line about a row."""
+    ratio = "" if row.ratio is None else f" error/bound {row.ratio:.3g}"
+    named = "" if row.diagnosis is None else f" {row.diagnosis.code}: {row.diagnosis.message}"
+    why = f" {row.reason}" if row.reason else ""
+    return f"{row.verdict}: {row.group}: {row.name}, {row.method} vs {row.reference} in {row.dtype}{ratio}{named}{why}"

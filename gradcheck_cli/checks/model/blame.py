@@ -13,14 +13,12 @@ from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, 
 from gradcheck_cli.checks.model.parameters import Probed
 from gradcheck_cli.checks.model.probe import make_direction, true_slope
 from gradcheck_cli.checks.model.replica import Replica
-from gradcheck_cli.checks.model.suspects import Culprit, Suspects
+from gradcheck_cli.checks.model.suspects import Culprit, Suspects, set_aside
 from gradcheck_cli.checks.model.watch import Call
+from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.program.tangents import Escape
 from gradcheck_cli.results import Diagnosis, Mismatch
 from gradcheck_cli.sources.wording import some_of
-
-_FACTOR_SHARE = 1e-6
-"""What may be left of an error that a constant factor explains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +33,7 @@ class Blame:
 def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalCheck, *, inner: bool) -> Blame:
     """What is wrong in one call of a module; `inner`: it calls modules of its own, which agree."""
     if not checked.wrong_alone:
-        found = _whole_suspects(replica, probed, list(call.module.modules()))
-        return _stale(found)
+        return _stale(_whole_suspects(replica, probed, list(call.module.modules())))
     run = LocalRun(replica, call)
     inputs, parameters = run.product()
     claimed = _by_name(run, inputs, parameters)
@@ -55,7 +52,7 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
     tensors = wrong_tensors(run, claimed, seed=replica.case.seed)
     right: Mapping[str, Tensor | None] = {}
     if culprits:
-        with suspects.set_aside(culprits):
+        with set_aside(culprits):
             right = _by_name(run, *run.product())
     return _told(culprits, tensors, claimed, right, replica=replica, inner=inner)
 
@@ -64,18 +61,16 @@ def blame_whole(replica: Replica, probed: Probed) -> Blame:
     """What is wrong in the model's own code, between the modules that it calls."""
     if probed.judgement.by_difference and probed.truth.escapes:
         return _escaped(probed.truth.escapes, [])
-    culprits, suspects = _whole_suspects(replica, probed, [replica.case.module])
+    culprits = _whole_suspects(replica, probed, [replica.case.module])
     right: dict[str, Tensor | None] = {}
     if culprits:
-        with suspects.set_aside(culprits):
+        with set_aside(culprits):
             right = {leaf.name: g for leaf, g in zip(replica.leaves, replica.gradients()[1], strict=True)}
     claimed = {leaf.name: g for leaf, g in zip(replica.leaves, probed.gradients, strict=True)}
     return _told(culprits, _differing(claimed, right), claimed, right, replica=replica, inner=True)
 
 
-def _whole_suspects(
-    replica: Replica, probed: Probed, modules: Sequence[torch.nn.Module]
-) -> tuple[list[Culprit], Suspects]:
+def _whole_suspects(replica: Replica, probed: Probed, modules: Sequence[torch.nn.Module]) -> list[Culprit]:
     direction = probed.direction
 
     def claim() -> float:
@@ -84,12 +79,11 @@ def _whole_suspects(
 
     true = true_slope(replica, direction.parts).value
     suspects = Suspects(claim, true=true, bound=probed.tolerance, modules=modules)
-    return suspects.culprits(), suspects
+    return suspects.culprits()
 
 
-def _stale(found: tuple[list[Culprit], Suspects]) -> Blame:
+def _stale(culprits: Sequence[Culprit]) -> Blame:
     """A module that is right by itself and wrong in the model: something is shared between calls."""
-    culprits, _ = found
     text = "right when it is called by itself, wrong inside the model: a tensor saved for the backward is shared "
     text += "between calls, or overwritten before the backward reads it"
     if culprits:
@@ -109,7 +103,7 @@ def _told(
 ) -> Blame:
     """The sentence, the code and the worst entry."""
     names = some_of([name for name, _, _ in tensors])
-    worst, factor = _worst(claimed, right, [name for name, _, _ in tensors])
+    worst, factor = worst_entry(claimed, right, [name for name, _, _ in tensors])
     wrong = f"; wrong by it: {names}" if names else ""
     if not culprits:
         where = "its own code, between the modules that it calls" if inner else "its code"
@@ -195,35 +189,3 @@ def _differing(
         if gap > LOCAL_SHARE * size:
             found.append((name, 0.0 if before is None else float(before.norm()), size))
     return found
-
-
-def _worst(
-    claimed: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None], names: Sequence[str]
-) -> tuple[Mismatch | None, float | None]:
-    """The entry with the largest error among these tensors, and the factor that explains them all, if one does."""
-    worst: Mismatch | None = None
-    factors = []
-    for name in names:
-        true, got = right.get(name), claimed.get(name)
-        if true is None or not true.numel():
-            continue
-        got = torch.zeros_like(true) if got is None else got
-        gap = (got - true).abs()
-        flat = int(gap.argmax())
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), true.shape)) if true.dim() else ()
-        error = float(gap.flatten()[flat])
-        if worst is None or error > worst.error:
-            place = f"{name}[{', '.join(map(str, index))}]"
-            worst = Mismatch(
-                index=index,
-                got=float(got.flatten()[flat]),
-                expected=float(true.flatten()[flat]),
-                error=error,
-                bound=LOCAL_SHARE * float(true.abs().max()),
-                place=place,
-            )
-        factor = float((got * true).sum() / (true * true).sum())
-        left = float((got - factor * true).norm())
-        factors.append(factor if left <= _FACTOR_SHARE * float(gap.norm()) else math.nan)
-    same = factors and all(abs(f - factors[0]) <= _FACTOR_SHARE * abs(factors[0] - 1) for f in factors)
-    return worst, factors[0] if same else None

@@ -1,5 +1,6 @@
 """All checks of a model, in the order of the report."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -80,6 +81,10 @@ class ModelCheck:
         if wrong:
             self._search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
             yield from self._guarded("where", self._search.results)
+            right = self._search.right_gradients()
+            rows_of = parameters.each if right is None else functools.partial(parameters.against, right)
+            if not self._plan.per_parameter and not parameters.probed.judgement.by_difference:
+                yield from self._guarded("parameters", lambda: _failing(rows_of()))
 
     def _head(self, native: Outcome, wide: Outcome, deadline: float) -> Iterator[CheckResult]:
         pick = self._case.loss.logits
@@ -143,6 +148,10 @@ class ModelCheck:
     def tree(self) -> ModuleNode | None:
         """The modules that were looked at, where a gradient is wrong."""
         return None if self._search is None else self._search.tree()
+
+
+def _failing(rows: Iterator[CheckResult]) -> Iterator[CheckResult]:
+    return (row for row in rows if row.verdict is not Verdict.PASS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.model.blame import Blame, blame_module, blame_whole
@@ -13,6 +14,7 @@ from gradcheck_cli.checks.model.local import LocalCheck, check_call
 from gradcheck_cli.checks.model.parameters import Probed
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.rows import Labels
+from gradcheck_cli.checks.model.suspects import set_aside
 from gradcheck_cli.checks.model.watch import Call, CallTree, Watch, nearest
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.results import CheckResult, Diagnosis, ModuleMark, ModuleNode, Verdict
@@ -165,6 +167,20 @@ class ModuleSearch:
             return error, found.bound, math.fsum(abs(c) for c in self._probed.direction.claims)
         worst = max((checked for _, checked in looked.wrong), key=lambda one: one.error / (one.bound or 1.0))
         return worst.error, worst.bound, worst.scale
+
+    def right_gradients(self) -> list[Tensor | None] | None:
+        """The model's gradient with the culprits set aside, where it is the true one along the probe's direction."""
+        if self._blame is None or not self._blame.culprits:
+            return None
+        try:
+            with set_aside(self._blame.culprits):
+                _, found = self._replica.gradients()
+        except (SoftcheckError, RuntimeError, NotImplementedError):
+            return None
+        parts = self._probed.direction.parts
+        claimed = math.fsum(float((g * u).sum()) for g, u in zip(found, parts, strict=True) if g is not None)
+        true = self._probed.truth.value
+        return found if abs(claimed - true) <= self._probed.tolerance else None
 
     def tree(self) -> ModuleNode:
         """What was looked at, the first bad module marked."""

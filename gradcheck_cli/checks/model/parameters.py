@@ -25,12 +25,15 @@ from gradcheck_cli.checks.model.probe import (
 )
 from gradcheck_cli.checks.model.replica import Leaf, Outcome, Replica
 from gradcheck_cli.checks.model.rows import Labels
+from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.derivatives.line_difference import LineEstimate
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.sources.wording import some_of
 
 _NOISE_DTYPE = torch.float32
+WRONG_SHARE = 2.0**-36
+"""Share of its norm by which a tensor's gradient may differ from the right one without being called wrong."""
 _LEVELS = (6, 10)
 """Levels of the finite difference for a slow model and for a fast one."""
 _SLOW = 0.1
@@ -91,8 +94,8 @@ class ParameterCheck:
         self.probed = probed
         yield from self._probe_rows(probed)
         yield from self._missing(probed)
-        if self._plan.per_parameter or self.failed:
-            yield from self._each(probed)
+        if self._plan.per_parameter:
+            yield from self.each()
 
     def _all(self) -> str:
         parameters = sum(c and not leaf.is_input for c, leaf in zip(self.chosen, self._replica.leaves, strict=True))
@@ -273,8 +276,33 @@ class ParameterCheck:
             half = len(group) // 2
             groups[:0] = [group[:half], group[half:]]
 
-    def _each(self, probed: Probed) -> Iterator[CheckResult]:
+    def against(self, right: Sequence[Tensor | None]) -> Iterator[CheckResult]:
+        """One row for every tensor whose gradient is not this right one."""
+        assert self.probed is not None
+        leaves = self._replica.leaves
+        for leaf, got, true, chosen in zip(leaves, self.probed.gradients, right, self.chosen, strict=True):
+            if not chosen or true is None or leaf.name in self.detached or not true.numel():
+                continue
+            gap = float((true if got is None else true - got).norm())
+            bound = WRONG_SHARE * float(true.norm())
+            if gap <= bound:
+                continue
+            worst, _ = worst_entry({leaf.name: got}, {leaf.name: true}, [leaf.name])
+            yield self._labels.row(
+                leaf.name,
+                check="gradient",
+                method="reverse mode",
+                reference="the same without the culprit",
+                verdict=Verdict.FAIL,
+                error=gap,
+                bound=bound,
+                worst=worst,
+            )
+
+    def each(self) -> Iterator[CheckResult]:
         """One probe a tensor."""
+        probed = self.probed
+        assert probed is not None
         places = [n for n, c in enumerate(self.chosen) if c]
         left = []
         for done, place in enumerate(places):

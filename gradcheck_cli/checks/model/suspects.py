@@ -63,13 +63,6 @@ class Suspects:
             return self._together(hooked)
         return []
 
-    def set_aside(self, culprits: Sequence[Culprit]) -> AbstractContextManager[None]:
-        """Around a computation of the right gradient: without these."""
-        functions = [one.function for one in culprits if one.function is not None]
-        instructions = [one.instruction for one in culprits if one.instruction is not None]
-        hooked = [one.hooked for one in culprits if one.hooked is not None]
-        return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(hooked))
-
     def _look(self) -> None:
         """One computation of the claim, only watched."""
 
@@ -118,6 +111,14 @@ class Suspects:
         return Culprit(
             code="custom-function", text=text, place=place, function=cls, arguments=self._functions.get(cls, ())
         )
+
+
+def set_aside(culprits: Sequence[Culprit]) -> AbstractContextManager[None]:
+    """Around a computation of the right gradient: without these."""
+    functions = [one.function for one in culprits if one.function is not None]
+    instructions = [one.instruction for one in culprits if one.instruction is not None]
+    hooked = [one.hooked for one in culprits if one.hooked is not None]
+    return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(hooked))
 
 
 def _instruction(found: Instruction) -> Culprit:

@@ -93,11 +93,12 @@ def _without_wrappers(tree: object) -> tuple[object, list[str]]:
             break
         training = {key for key, part in tree.items() if _is_training(str(key), part, beside=tree)}
         groups = {str(key): part for key, part in tree.items() if key not in training and _is_group(part)}
-        if not groups or any(isinstance(part, Tensor | Array) and _is_weight(part) for part in tree.values()):
+        known = [key for key in _WRAPPERS if key in groups]
+        bare = any(isinstance(part, Tensor | Array) and _is_weight(part) for part in tree.values())
+        if not groups or (bare and not known):
             if training:
                 notes.append(f"left out: {some_of(printable(str(key)) for key in training)}")
             return {key: part for key, part in tree.items() if key not in training}, notes
-        known = [key for key in _WRAPPERS if key in groups]
         chosen = known[:1] or list(groups)
         others = [printable(str(key)) for key in tree if str(key) not in chosen]
         if others:
