@@ -47,6 +47,7 @@ def gpt2(*, large: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = {"vocab_size": 1000, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
+    small |= {"bos_token_id": 0, "eos_token_id": 0}
     options: dict[str, Any] = {} if large else small
     return GPT2LMHeadModel(GPT2Config(use_cache=False, **options))
 

@@ -17,7 +17,7 @@ from gradcheck_cli.checks.model.suspects import Culprit, Suspects, set_aside
 from gradcheck_cli.checks.model.watch import Call
 from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.program.tangents import Escape
-from gradcheck_cli.results import Diagnosis, Mismatch
+from gradcheck_cli.results import CheckResult, Diagnosis, Mismatch
 from gradcheck_cli.sources.wording import some_of
 
 
@@ -36,16 +36,21 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
         return _stale(_whole_suspects(replica, probed, list(call.module.modules())))
     run = LocalRun(replica, call)
     inputs, parameters = run.product()
-    claimed = _by_name(run, inputs, parameters)
+    claimed = by_name(run, inputs, parameters)
     direction = _direction(run, claimed, seed=replica.case.seed)
     true = run.true_product(direction)
 
     def claim() -> float:
-        now = _by_name(run, *run.product())
+        now = by_name(run, *run.product())
         return math.fsum(_dot(now[name], part) for name, part in direction.items())
 
     if run.escapes:
-        return _escaped(run.escapes, wrong_tensors(run, claimed, seed=replica.case.seed))
+        tensors = wrong_tensors(run, claimed, seed=replica.case.seed)
+        functions = Suspects(claim, true=true, bound=0.0, modules=[]).functions()
+        wrong = [one for one in functions if _checked(one, seed=replica.case.seed) is not None]
+        if wrong:  # its forward is opaque, so that setting it aside shows nothing
+            return told(wrong[:1], tensors, claimed, {}, replica=replica, inner=inner)
+        return _escaped(run.escapes, tensors)
     bound = LOCAL_SHARE * (math.fsum(abs(_dot(claimed[name], part)) for name, part in direction.items()) + abs(true))
     suspects = Suspects(claim, true=true, bound=bound, modules=list(call.module.modules()))
     culprits = suspects.culprits()
@@ -53,8 +58,8 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
     right: Mapping[str, Tensor | None] = {}
     if culprits:
         with set_aside(culprits):
-            right = _by_name(run, *run.product())
-    return _told(culprits, tensors, claimed, right, replica=replica, inner=inner)
+            right = by_name(run, *run.product())
+    return told(culprits, tensors, claimed, right, replica=replica, inner=inner)
 
 
 def blame_whole(replica: Replica, probed: Probed) -> Blame:
@@ -67,7 +72,7 @@ def blame_whole(replica: Replica, probed: Probed) -> Blame:
         with set_aside(culprits):
             right = {leaf.name: g for leaf, g in zip(replica.leaves, replica.gradients()[1], strict=True)}
     claimed = {leaf.name: g for leaf, g in zip(replica.leaves, probed.gradients, strict=True)}
-    return _told(culprits, _differing(claimed, right), claimed, right, replica=replica, inner=True)
+    return told(culprits, _differing(claimed, right), claimed, right, replica=replica, inner=True)
 
 
 def _whole_suspects(replica: Replica, probed: Probed, modules: Sequence[torch.nn.Module]) -> list[Culprit]:
@@ -92,7 +97,7 @@ def _stale(culprits: Sequence[Culprit]) -> Blame:
     return Blame(diagnosis=Diagnosis(code="stateful", message=text, detail=detail), culprits=tuple(culprits))
 
 
-def _told(
+def told(
     culprits: Sequence[Culprit],
     tensors: Sequence[tuple[str, float, float]],
     claimed: Mapping[str, Tensor | None],
@@ -115,7 +120,7 @@ def _told(
     code, text = culprits[0].code, "; ".join(one.text for one in culprits)
     if culprits[0].function is not None:
         detail["function"] = culprits[0].function.__name__
-        row = check_function_of_model(culprits[0].function, culprits[0].arguments, seed=replica.case.seed)
+        row = _checked(culprits[0], seed=replica.case.seed)
         if row is not None and row.diagnosis is not None:
             code, text = row.diagnosis.code, f"{text}: {row.diagnosis.message}"
             worst = worst or row.worst
@@ -130,6 +135,11 @@ def _told(
     return Blame(
         diagnosis=Diagnosis(code=code, message=f"{text}{wrong}", detail=detail), worst=worst, culprits=tuple(culprits)
     )
+
+
+def _checked(culprit: Culprit, *, seed: int) -> CheckResult | None:
+    """The failing row of a culprit that is a custom Function, at the arguments it was met with."""
+    return check_function_of_model(culprit.function, culprit.arguments, seed=seed)
 
 
 def _escaped(escapes: Sequence[Escape], tensors: Sequence[tuple[str, float, float]]) -> Blame:
@@ -157,7 +167,8 @@ def _plain_code(tensors: Sequence[tuple[str, float, float]]) -> str:
     return "unrecognised"
 
 
-def _by_name(run: LocalRun, inputs: Mapping[int, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+def by_name(run: LocalRun, inputs: Mapping[int, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The two parts of a local product by the names of the tensors, None where autograd gave nothing."""
     found: dict[str, Tensor | None] = {
         f"input {run.label(place)}": inputs.get(place) for place in run.call.differentiable
     }

@@ -15,6 +15,7 @@ from gradcheck_cli.checks.model.head import head
 from gradcheck_cli.checks.model.locate import ModuleSearch
 from gradcheck_cli.checks.model.loss import loss
 from gradcheck_cli.checks.model.native import NativeCheck
+from gradcheck_cli.checks.model.native_search import NativeSearch
 from gradcheck_cli.checks.model.parameters import ParameterCheck
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.replica import Outcome, Replica, Widening
@@ -78,6 +79,9 @@ class ModelCheck:
                 self._advance, deadline=deadline, resolution=self._plan.resolution, each=self._plan.per_parameter
             )
             yield from self._guarded("parameters", rows)
+            if check.wrong:
+                self._search = NativeSearch(self._replica, parameters.probed, check, self._advance, deadline)
+                yield from self._guarded("where", self._search.results)
         if wrong:
             self._search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
             yield from self._guarded("where", self._search.results)

@@ -67,6 +67,7 @@ class ModuleSearch:
         self._root = Looked(name="")
         self._fault: Looked | None = None
         self._blame: Blame | None = None
+        self._reference_name = "true tangents"
 
     def results(self) -> Iterator[CheckResult]:
         """One row for the first bad module, with the reason, and one for every other that is wrong by itself."""
@@ -144,7 +145,7 @@ class ModuleSearch:
             f"{name} ({kind})",
             check="module",
             method="vector–Jacobian product in the model",
-            reference="true tangents",
+            reference=self._reference_name,
             verdict=Verdict.FAIL,
             error=error,
             bound=bound,

@@ -80,7 +80,7 @@ class NativeCheck:
             yield self._row(Verdict.ERROR, reason=narrow)
             return
         self.deviations = self._compare(narrow)
-        if self._wrong() and self._samples:
+        if self.wrong and self._samples:
             self._sample(advance, MORE_SAMPLES - self._samples, deadline)
             self.deviations = self._compare(narrow)
         yield self._summary(resolution, time.perf_counter() - started)
@@ -88,7 +88,9 @@ class NativeCheck:
             if each or one.ratio > 1:
                 yield self._tensor_row(one, resolution)
 
-    def _wrong(self) -> list[Deviation]:
+    @property
+    def wrong(self) -> list[Deviation]:
+        """The tensors that are off by more than rounding."""
         return [one for one in self.deviations if one.ratio > 1]
 
     def _wanted(self) -> int:
@@ -107,7 +109,7 @@ class NativeCheck:
         seed = self._replica.case.seed * 1_000_003 + self._samples + 1
         with contextlib.suppress(SoftcheckError, NotImplementedError):
             with contextlib.ExitStack() as stack:
-                scope = _Played(unit=self._unit, seed=seed)
+                scope = Played(unit=self._unit, seed=seed)
                 stack.enter_context(self._replica.inside(scope))
                 _, found = self._replica.gradients()
             self._samples += 1
@@ -169,7 +171,7 @@ class NativeCheck:
         return Deviation(place=place, norm=norm, error=error, bound=bound, worst=worst)
 
     def _summary(self, resolution: float, seconds: float) -> CheckResult:
-        wrong = self._wrong()
+        wrong = self.wrong
         known = [one for one in self.deviations if one.norm > 0]
         if not known:
             return self._row(Verdict.SKIPPED, reason="no tensor has a gradient")
@@ -197,8 +199,9 @@ class NativeCheck:
         diagnosis = None
         if wrong:
             share = one.error / one.norm if one.norm else math.inf
-            text = f"the gradient in {self._labels.dtype} is off by {share:.2g} of its size from float64 at the same numbers"
-            diagnosis = Diagnosis(code="low-precision", message=text.replace("torch.", ""))
+            text = f"the gradient in {str(self.dtype).removeprefix('torch.')} is off by {share:.2g} of its size"
+            text += " from float64 at the same numbers"
+            diagnosis = Diagnosis(code="low-precision", message=text)
         return self._row(
             Verdict.FAIL if wrong else Verdict.PASS,
             name=self._replica.leaves[one.place].name,
@@ -245,7 +248,7 @@ _SLOW = 0.1
 """Seconds of a forward pass from which a model is slow."""
 
 
-class _Played:
+class Played:
     """`rounding_played` as a context that is entered for the forward and for the backward: its draws go on."""
 
     def __init__(self, *, unit: float, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from gradcheck_cli.sources.wording import some_of
 _NOISE_DTYPE = torch.float32
 WRONG_SHARE = 2.0**-36
 """Share of its norm by which a tensor's gradient may differ from the right one without being called wrong."""
+_NOISE_SHARE = 2.0**-42
+"""… and by this share of the median tensor's: a gradient that is zero but for rounding."""
 _LEVELS = (6, 10)
 """Levels of the finite difference for a slow model and for a fast one."""
 _SLOW = 0.1
@@ -280,11 +283,13 @@ class ParameterCheck:
         """One row for every tensor whose gradient is not this right one."""
         assert self.probed is not None
         leaves = self._replica.leaves
+        sizes = [float(one.norm()) for one in right if one is not None]
+        least = _NOISE_SHARE * (statistics.median(sizes) if sizes else 0.0)
         for leaf, got, true, chosen in zip(leaves, self.probed.gradients, right, self.chosen, strict=True):
             if not chosen or true is None or leaf.name in self.detached or not true.numel():
                 continue
             gap = float((true if got is None else true - got).norm())
-            bound = WRONG_SHARE * float(true.norm())
+            bound = WRONG_SHARE * float(true.norm()) + least
             if gap <= bound:
                 continue
             worst, _ = worst_entry({leaf.name: got}, {leaf.name: true}, [leaf.name])

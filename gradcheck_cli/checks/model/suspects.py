@@ -63,6 +63,11 @@ class Suspects:
             return self._together(hooked)
         return []
 
+    def functions(self) -> list[Culprit]:
+        """The custom Functions met, none of them convicted."""
+        self._look()
+        return [self._function(cls) for cls in self._functions]
+
     def _look(self) -> None:
         """One computation of the claim, only watched."""
 

@@ -91,7 +91,7 @@ def _without_wrappers(tree: object) -> tuple[object, list[str]]:
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(tree, dict):
             break
-        training = {key for key, part in tree.items() if _is_training(str(key), part, beside=tree)}
+        training = [key for key, part in tree.items() if _is_training(str(key), part, beside=tree)]
         groups = {str(key): part for key, part in tree.items() if key not in training and _is_group(part)}
         known = [key for key in _WRAPPERS if key in groups]
         bare = any(isinstance(part, Tensor | Array) and _is_weight(part) for part in tree.values())
