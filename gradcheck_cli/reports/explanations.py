@@ -10,10 +10,10 @@ from rich.text import Text
 
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
-from gradcheck_cli.reports.groups import grouped, other_failures
+from gradcheck_cli.reports.groups import other_failures
 from gradcheck_cli.reports.numbers import format_number, format_pair, format_place
 from gradcheck_cli.reports.rows import VERDICT_STYLES
-from gradcheck_cli.reports.summary import describe, several, severity, signed_word
+from gradcheck_cli.reports.summary import describe, several, severity, shorten, signed_word
 from gradcheck_cli.results import CheckResult, Report, Verdict
 
 _MOST_EXPLAINED = 20
@@ -29,20 +29,17 @@ _WORD = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"\\])+""", r
 def explanations(report: Report, verdict: Verdict, look: Look) -> list[RenderableType]:
     """Why the rows of one verdict did not pass: the worst first, or those with the same reason together.
 
-    Of passing rows, those in sections that have something to say.
+    Skipped rows of sections have their reason beside them in the table.
     """
     rows = [row for row in report.results if row.verdict is verdict]
-    if verdict is Verdict.PASS:
-        rows = [row for row in rows if row.reason and row.group in report.sections]
-    if not rows:
-        return []
     if verdict is Verdict.FAIL:
-        return _failures(rows, report, look)
+        beside = [row for row in rows if row.group not in report.sections]
+        return [*_failures(beside, report, look), *_section_failures(rows, report, look)]
     if verdict is not Verdict.SKIPPED:
-        return _reasons(rows, look)
+        return _reasons(rows, report, look)
     cases = [row for row in rows if is_case(row, report)]
-    alone = [row for row in rows if not is_case(row, report)]
-    return [*(_reasons(alone, look) if alone else []), *_skipped_cases(cases, look)]
+    alone = [row for row in rows if not row.group]
+    return [*_reasons(alone, report, look), *_skipped_cases(cases, look)]
 
 
 def is_case(row: CheckResult, report: Report) -> bool:
@@ -51,43 +48,55 @@ def is_case(row: CheckResult, report: Report) -> bool:
 
 
 def _failures(rows: Sequence[CheckResult], report: Report, look: Look) -> list[RenderableType]:
-    """The failing rows that say why, then what else fails; of bare rows in sections only the worst in full."""
-    bare = [row for row in rows if row.group in report.sections and not (row.diagnosis or row.reason or row.script)]
-    passed_over = set(map(id, sorted(bare, key=severity, reverse=True)[_MOST_ALIKE:]))
-    bare = [row for row in bare if id(row) in passed_over]
-    told = [row for row in rows if id(row) not in passed_over and (not is_case(row, report) or row.reason is not None)]
-    worst = sorted(
-        told,
-        key=lambda row: (
-            row.check != "structure",
-            row.group in report.sections and row.diagnosis is not None,
-            severity(row),
-        ),
-        reverse=True,
-    )
-    parts: list[RenderableType] = []
-    commands: set[str] = set()
-    for row in worst[:_MOST_EXPLAINED]:
-        again = row.group in report.sections and row.rerun in commands
-        parts.append(_failure(row, look, with_rerun=not again))
-        commands.add(row.rerun or "")
+    """The failing rows that say why, the worst first, then what else fails."""
+    told = [row for row in rows if not is_case(row, report) or row.reason is not None]
+    worst = sorted(told, key=lambda row: (row.check != "structure", severity(row)), reverse=True)
+    parts: list[RenderableType] = [_failure(row, describe(row), look) for row in worst[:_MOST_EXPLAINED]]
     if len(worst) > _MOST_EXPLAINED:
-        rest = len(worst) - _MOST_EXPLAINED
-        parts.append(_text(f"… and {rest:,} more failing rows; `-f concise` lists every one", look, "bold"))
-    others = [
-        *(
-            f"{group}: {several([row.name for row in alike], shown=_MOST_NAMES)}"
-            for group, alike in grouped(bare).items()
-        ),
-        *other_failures([row for row in report.results if is_case(row, report)]),
-    ]
+        parts.append(_more(len(worst) - _MOST_EXPLAINED, look))
+    others = other_failures([row for row in rows if is_case(row, report)])
     if others:
         parts.append(_text("also failing:", look, "bold"))
         parts += [_indented(_text(line, look)) for line in others]
     return parts
 
 
-def _failure(row: CheckResult, look: Look, *, with_rerun: bool) -> RenderableType:
+def _section_failures(rows: Sequence[CheckResult], report: Report, look: Look) -> list[RenderableType]:
+    """The failing rows of sections that say why, in their order, those that say the same together by the worst.
+
+    Rows with nothing but numbers are in the table; only where no row says more, the worst of them are told.
+    """
+    rows = [row for row in rows if row.group in report.sections]
+    kinds: dict[tuple[str, str], list[CheckResult]] = {}
+    for row in rows:
+        if row.diagnosis or row.reason or row.script:
+            kinds.setdefault((row.group, _NUMBER.sub("#", _reason(row))), []).append(row)
+    bare = sorted(rows, key=severity, reverse=True)[:_MOST_ALIKE]
+    told = list(kinds.values()) or [[row] for row in bare]
+    told.sort(key=lambda alike: report.sections.index(alike[0].group))
+    worst = [max(alike, key=severity) for alike in told][:_MOST_EXPLAINED]
+    last = {row.rerun: row for row in worst}
+    parts: list[RenderableType] = []
+    for row, alike in zip(worst, told, strict=False):
+        parts.append(_failure(row, _titled(row, report), look, with_rerun=last[row.rerun] is row))
+        others = [other.name for other in alike if other is not row]
+        if others:
+            parts.append(_indented(_text(f"the same in: {several(others, shown=_MOST_NAMES)}", look)))
+    if len(told) > _MOST_EXPLAINED:
+        parts.append(_more(sum(map(len, told[_MOST_EXPLAINED:])), look))
+    return parts
+
+
+def _more(rest: int, look: Look) -> Text:
+    return _text(f"… and {rest:,} more failing rows; `-f concise` lists every one", look, "bold")
+
+
+def _titled(row: CheckResult, report: Report) -> str:
+    """The row in a few words; of a section, the table shows the others."""
+    return f"{row.group}: {shorten(row.name)}" if row.group in report.sections else describe(row)
+
+
+def _failure(row: CheckResult, title: str, look: Look, *, with_rerun: bool = True) -> RenderableType:
     details: list[Text] = []
     if row.diagnosis:
         code = _text(f"{row.diagnosis.code}: ", look, "bold")
@@ -101,22 +110,26 @@ def _failure(row: CheckResult, look: Look, *, with_rerun: bool) -> RenderableTyp
     if row.reason:
         details.append(_text(row.reason, look))
     rerun = _rerun(row, look) if with_rerun else []
-    return Group(_label(row.verdict, describe(row), look), *map(_indented, details), *rerun, *_script(row, look))
+    return Group(_label(row.verdict, title, look), *map(_indented, details), *rerun, *_script(row, look))
 
 
-def _reasons(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:
-    style = "dim" if rows[0].verdict is Verdict.SKIPPED else ""
+def _reasons(rows: Sequence[CheckResult], report: Report, look: Look) -> list[RenderableType]:
     grouped: dict[str, list[CheckResult]] = {}
     for row in rows:
-        diagnosis = f"{row.diagnosis.code}: {row.diagnosis.message}" if row.diagnosis else ""
-        reason = "; ".join(part for part in (diagnosis, row.reason) if part) or "no reason given"
-        grouped.setdefault(reason, []).append(row)
+        grouped.setdefault(_reason(row) or "no reason given", []).append(row)
     parts: list[RenderableType] = []
     for reason, members in grouped.items():
-        parts.append(_label(rows[0].verdict, several([describe(row) for row in members]), look))
+        style = "dim" if members[0].verdict is Verdict.SKIPPED else ""
+        parts.append(_label(members[0].verdict, several([_titled(row, report) for row in members]), look))
         parts.append(_indented(_text(reason, look, style)))
         parts += _rerun(members[0], look)
     return parts
+
+
+def _reason(row: CheckResult) -> str:
+    """What the row says of itself, on one line."""
+    diagnosis = f"{row.diagnosis.code}: {row.diagnosis.message}" if row.diagnosis else ""
+    return "; ".join(part for part in (diagnosis, row.reason) if part)
 
 
 def _skipped_cases(rows: Sequence[CheckResult], look: Look) -> list[RenderableType]:

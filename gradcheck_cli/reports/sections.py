@@ -1,256 +1,202 @@
-"""Rows of a long report, section by section in one table, with long runs of passing rows folded into a count."""
+"""The rows of a long report, section by section in one table."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
-from gradcheck_cli.reports.grid import GAP, Column, Lines, grid, grid_width
+from gradcheck_cli.reports.folding import CLOSE, MOST_ROWS, Shown, fold
 from gradcheck_cli.reports.groups import grouped
-from gradcheck_cli.reports.numbers import MISSING, format_number, format_place, format_seconds
+from gradcheck_cli.reports.ledger import Entry, Form, Lines, Part, lay_out
+from gradcheck_cli.reports.numbers import MISSING, count, format_number, format_place, format_seconds
 from gradcheck_cli.reports.rows import VERDICT_STYLES, listed_rows
-from gradcheck_cli.reports.summary import method_of, severity, shorten, signed_word
-from gradcheck_cli.results import CheckResult, Verdict
+from gradcheck_cli.reports.summary import is_measured, method_of, severity, shorten, signed_word
+from gradcheck_cli.results import Checked, CheckResult, Verdict
 
-_MOST_ROWS = 20
 _MOST_WORST = 5
-_FOLDED = {Verdict.PASS: "pass", Verdict.SKIPPED: "skipped"}
-_LENGTHS = (60, 44, 32)
-"""How much of a name is shown, longer ones with their middle left out: as much as the width allows."""
+_LONGEST_PLACE = 40
+_INDENT = 4
+_DETAILS = re.compile(r" \([^()]*\)$")
+_EXPLAINED = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR)
+"""Their reasons stand in full below the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Section:
     """A heading, the rows shown below it and a line about those that are not.
 
-    `hows` says of each row how it was computed; `shared` says it of all, where it is the same and `hows` are empty.
+    `method` is that of all rows, where it is one, and `seconds` the time that all of them took.
     """
 
     title: str
     rows: tuple[CheckResult, ...]
-    hows: tuple[str, ...]
-    folded: Lines = ()
-    shared: str = ""
+    method: str = ""
+    how: str = ""
+    seconds: float = 0.0
+    told: str = ""
 
 
 def section_rows(results: Sequence[CheckResult], sections: Sequence[str], look: Look) -> RenderableType:
-    """The rows of each section in order; where some section is long, the worst rows are repeated at the end."""
+    """The rows of each section in order; where some section is long, its worst rows are repeated at the end."""
     groups = grouped(results)
-    shown = [_folded(title, groups[title], look) for title in sections if title in groups]
-    worst = _worst(results)
-    if worst and max(map(len, groups.values())) > _MOST_ROWS:
-        hows = tuple("" if _shared(groups[row.group]) else _how(row) for row in worst)
-        shown.append(_Section(title="worst (repeated)", rows=worst, hows=hows))
-    for columns in _layouts(shown):
-        for gap in (GAP, 1):
-            if grid_width(columns, look, gap=gap) <= look.width:
-                return grid(columns, look, gap=gap)
+    shown = [
+        _section(title, groups[title], fold(groups[title], show_all=look.show_all))
+        for title in sections
+        if title in groups
+    ]
+    if any(len(section.rows) > MOST_ROWS for section in shown):
+        worst = _worst(results)
+        shown += [_Section(title="worst (repeated)", rows=worst)] if worst else []
+    forms = list(_forms(with_place=any(_place(row) for section in shown for row in section.rows)))
+    for number, (form, numbers) in enumerate(forms):
+        parts = [_part(section, numbers) for section in shown]
+        lines = lay_out(parts, form, look, last=number == len(forms) - 1)
+        if lines is not None:
+            return Group(*lines)
     return _listed(shown, look)
 
 
-def _layouts(sections: Sequence[_Section]) -> Iterator[list[Column]]:
-    """The table from the widest form to the narrowest."""
-    for longest in _LENGTHS:
-        yield _wide(sections, longest, with_place=True)
-        yield _wide(sections, longest, with_place=False)
-    for longest in _LENGTHS:
-        yield _compact(sections, longest, with_time=True)
-        yield _compact(sections, longest, with_time=False)
-    for longest in _LENGTHS:
-        yield _narrow(sections, longest)
+def coverage(results: Sequence[CheckResult], sections: Sequence[str]) -> str:
+    """How much of each section was looked at, by the row that saw the most."""
+    groups = grouped(results)
+    parts = []
+    for title in sections:
+        seen = [row.checked for row in groups.get(title, []) if row.checked is not None]
+        if seen:
+            parts.append(f"{title} {_amount(max(seen, key=lambda one: one.entries))}")
+    return f"covered: {'; '.join(parts)}" if parts else ""
 
 
-def _folded(title: str, rows: Sequence[CheckResult], look: Look) -> _Section:
-    """All rows if they are few; else those that did not pass and the first of the others."""
-    if look.show_all or len(rows) <= _MOST_ROWS:
-        return _section(title, rows, shared=_shared(rows))
-    room = max(_MOST_ROWS - sum(row.verdict not in _FOLDED for row in rows), _MOST_ROWS // 4)
-    kept: list[CheckResult] = []
-    counts = dict.fromkeys(_FOLDED, 0)
-    for row in rows:
-        if row.verdict not in _FOLDED:
-            kept.append(row)
-        elif room > 0:
-            kept.append(row)
-            room -= 1
-        else:
-            counts[row.verdict] += 1
-    told = ", ".join(f"{number:,} {_FOLDED[verdict]}" for verdict, number in counts.items() if number)
-    folded = (f"  … and {told}", "    (all with --show-all)") if told else ()
-    return _section(title, kept, shared=_shared(rows), folded=folded)
+def _amount(checked: Checked) -> str:
+    parts = [f"{checked.entries:,}/{checked.total:,} entries"] if checked.entries or not checked.probes else []
+    return ", ".join([*parts, *([count(checked.probes, "probe")] if checked.probes else [])])
 
 
-def _section(title: str, rows: Sequence[CheckResult], *, shared: str, folded: Lines = ()) -> _Section:
-    hows = tuple("" if shared else _how(row) for row in rows)
-    return _Section(title=title, rows=tuple(rows), hows=hows, shared=shared, folded=folded)
-
-
-def _shared(rows: Sequence[CheckResult]) -> str:
-    """How the rows were computed, if there are several and it is the same for all."""
-    found = {_how(row) for row in rows}
-    return found.pop() if len(rows) > 1 and len(found) == 1 else ""
+def _section(title: str, rows: Sequence[CheckResult], shown: Shown) -> _Section:
+    measured = [row for row in shown.rows if is_measured(row)]
+    methods = {"" if row.method == row.name else method_of(row) for row in measured}
+    hows = {_how(row) for row in shown.rows}
+    return _Section(
+        title=title,
+        rows=shown.rows,
+        method=methods.pop() if len(methods) == 1 else "",
+        how=hows.pop() if len(hows) == 1 < len(shown.rows) else "",
+        seconds=sum(row.seconds for row in rows),
+        told=shown.told,
+    )
 
 
 def _worst(results: Sequence[CheckResult]) -> tuple[CheckResult, ...]:
-    """The rows with the largest error/bound, the worst first."""
-    measured = [row for row in results if row.ratio is not None]
+    """The rows that fail or come close to their bound, the worst first."""
+    measured = [row for row in results if row.ratio is not None and not row.ratio <= CLOSE]
     return tuple(sorted(measured, key=severity, reverse=True)[:_MOST_WORST])
 
 
-def _wide(sections: Sequence[_Section], longest: int, *, with_place: bool) -> list[Column]:
+Numbers = Callable[[CheckResult], tuple[Lines, ...]]
+
+
+def _forms(*, with_place: bool) -> Iterator[tuple[Form, Numbers]]:
+    """The columns from the widest form to the narrowest, with what stands in them."""
+    for place in (True, False) if with_place else (False,):
+        for time in (True, False):
+            yield _wide(place=place, time=time)
+    yield (
+        Form(heads=(("error", "bound"), ("error/bound", "detectable")), how_below=True),
+        lambda row: (
+            (format_number(row.max_error), format_number(row.bound)),
+            (format_number(row.ratio), format_number(row.detectable)),
+        ),
+    )
+    yield Form(heads=(("error/bound",),), how_below=True), lambda row: ((format_number(row.ratio),),)
+
+
+def _wide(*, place: bool, time: bool) -> tuple[Form, Numbers]:
     """One line for each row."""
-    rows = _rows(sections)
-    methods = tuple((how,) for section in sections for how in section.hows)
-    columns = [
-        Column(head=("method",), cells=methods, least=14),
-        _numbers(("largest", "error"), [row.max_error for row in rows]),
-        Column(head=("where",), cells=tuple((_place(row),) for row in rows), least=8),
-        _numbers(("bound",), [row.bound for row in rows]),
-        _numbers(("error/", "bound"), [row.ratio for row in rows]),
-        _numbers(("detect-", "able"), [row.detectable for row in rows]),
-        _times(rows),
-        _verdicts(rows),
+    columns: list[tuple[Lines, Callable[[CheckResult], str]]] = [
+        (("largest", "error"), lambda row: format_number(row.max_error)),
+        *([(("where",), lambda row: _place(row) or MISSING)] if place else []),
+        (("bound",), lambda row: format_number(row.bound)),
+        (("error/", "bound"), lambda row: format_number(row.ratio)),
+        (("detect-", "able"), lambda row: format_number(row.detectable)),
+        *([(("time",), lambda row: format_seconds(row.seconds))] if time else []),
     ]
-    if not with_place:
-        del columns[2]
-    said = [column for column in columns if any(cell[0] not in ("", MISSING) for cell in column.cells)]
-    names = Column(head=("check",), cells=tuple((_name(row, longest),) for row in rows))
-    return _with_headings([names, *said], sections, longest)
+    form = Form(heads=tuple(head for head, _ in columns), left=frozenset({1} if place else ()))
+    return form, lambda row: tuple((shown(row),) for _, shown in columns)
 
 
-def _compact(sections: Sequence[_Section], longest: int, *, with_time: bool) -> list[Column]:
-    """Two lines for each row: its numbers below each other."""
-    rows = _rows(sections)
-    columns = [
-        _names_and_methods(sections, longest),
-        _pairs(("largest error", "bound"), [(row.max_error, row.bound) for row in rows]),
-        _pairs(("error/bound", "detectable"), [(row.ratio, row.detectable) for row in rows]),
-        *([_times(rows)] if with_time else []),
-        _verdicts(rows),
-    ]
-    return _with_headings(columns, sections, longest)
+def _part(section: _Section, numbers: Numbers) -> Part:
+    spent = format_seconds(section.seconds) if section.seconds > 0 else ""
+    remarks = _remarks(section.rows)
+    return Part(
+        title=section.title,
+        shared=", ".join(part for part in (section.how or section.method, spent) if part),
+        entries=tuple(
+            Entry(
+                name=row.name,
+                how="" if section.how else _how(row, known=section.method),
+                numbers=numbers(row) if is_measured(row) else (),
+                word=signed_word(row.verdict),
+                style=VERDICT_STYLES[row.verdict],
+                remark=remark,
+            )
+            for row, remark in zip(section.rows, remarks, strict=True)
+        ),
+        told=section.told,
+    )
 
 
-def _narrow(sections: Sequence[_Section], longest: int) -> list[Column]:
-    """The name with the method below it, the ratio and the verdict."""
-    rows = _rows(sections)
-    columns = [
-        _names_and_methods(sections, longest),
-        _numbers(("error/bound",), [row.ratio for row in rows]),
-        _verdicts(rows),
-    ]
-    return _with_headings(columns, sections, longest)
+def _remarks(rows: Sequence[CheckResult]) -> list[str]:
+    """What is said of each row, once of rows with the same name."""
+    said: set[tuple[str, str]] = set()
+    remarks = []
+    for row in rows:
+        remark = _remark(row)
+        remarks.append("" if (row.name, remark) in said else remark)
+        said.add((row.name, remark))
+    return remarks
 
 
-def _rows(sections: Sequence[_Section]) -> list[CheckResult]:
-    return [row for section in sections for row in section.rows]
+def _remark(row: CheckResult) -> str:
+    """What is said of a row here, or the code of what is said below the table."""
+    if row.verdict not in _EXPLAINED:
+        return row.reason or ""
+    return row.diagnosis.code if row.diagnosis and not is_measured(row) else ""
 
 
-def _names_and_methods(sections: Sequence[_Section], longest: int) -> Column:
-    """The rows' names; below them how they were computed, where the heading does not say it."""
-    cells: list[Lines] = []
-    for section in sections:
-        for row, how in zip(section.rows, section.hows, strict=True):
-            below = f"    {shorten(how, longest=longest - 2)}"
-            cells.append((_name(row, longest), below) if how else (_name(row, longest),))
-    return Column(head=("check",), cells=tuple(cells))
-
-
-def _name(row: CheckResult, longest: int) -> str:
-    return f"  {shorten(row.name, longest=longest)}"
-
-
-def _how(row: CheckResult) -> str:
+def _how(row: CheckResult, *, known: str = "") -> str:
     """How the row was computed, and in which dtype."""
-    return " · ".join(part for part in (_method(row), row.dtype) if part)
+    return " · ".join(part for part in (_method(row, known=known), row.dtype) if part)
 
 
-def _method(row: CheckResult) -> str:
-    """The method, unless the name says it, and against what, unless the method says it."""
-    method = "" if row.method == row.name else method_of(row)
-    against = f"vs {row.reference}" if row.reference and " vs " not in row.method else ""
+def _method(row: CheckResult, *, known: str = "") -> str:
+    """The method, unless the name or the heading says it, and against what, unless the method says it."""
+    method = "" if row.method == row.name or method_of(row) == known else method_of(row)
+    against = f"vs {_DETAILS.sub('', row.reference)}" if row.reference and " vs " not in row.method else ""
     return " ".join(part for part in (method, against) if part)
 
 
 def _place(row: CheckResult) -> str:
     """Where the largest error is, without the name that the row has already."""
-    return shorten(format_place(row.worst).removeprefix(row.name).strip(), longest=40) or MISSING
-
-
-def _numbers(head: Lines, values: Sequence[float | None]) -> Column:
-    return Column(head=head, cells=tuple((format_number(value),) for value in values), right=True)
-
-
-def _pairs(head: Lines, values: Sequence[tuple[float | None, float | None]]) -> Column:
-    """Two numbers below each other; nothing below where there is no number at all."""
-    cells = [(format_number(one), format_number(other)) for one, other in values]
-    return Column(head=head, cells=tuple(cell[:1] if set(cell) == {MISSING} else cell for cell in cells), right=True)
-
-
-def _times(rows: Sequence[CheckResult]) -> Column:
-    return Column(head=("time",), cells=tuple((format_seconds(row.seconds),) for row in rows), right=True)
-
-
-def _verdicts(rows: Sequence[CheckResult]) -> Column:
-    return Column(
-        head=("verdict",),
-        cells=tuple((signed_word(row.verdict),) for row in rows),
-        styles=tuple(VERDICT_STYLES[row.verdict] for row in rows),
-    )
-
-
-def _with_headings(columns: Sequence[Column], sections: Sequence[_Section], longest: int) -> list[Column]:
-    """The columns with a line for each heading, for what is folded, and blank ones between the sections."""
-    first = columns[0]
-    cells: list[Lines] = []
-    styles: list[str] = []
-    inserted: list[int] = []
-    start = 0
-
-    def insert(lines: Lines, style: str) -> None:
-        inserted.append(len(cells))
-        cells.append(lines)
-        styles.append(style)
-
-    for number, section in enumerate(sections):
-        if number:
-            insert(("",), "")
-        shared = shorten(section.shared, longest=longest)
-        insert((section.title, f"  {shared}") if shared else (section.title,), "bold")
-        stop = start + len(section.rows)
-        cells += first.cells[start:stop]
-        styles += [""] * len(section.rows)
-        start = stop
-        if section.folded:
-            insert(section.folded, "dim")
-    return [
-        replace(first, cells=tuple(cells), styles=tuple(styles)),
-        *(_spread(column, inserted, len(cells)) for column in columns[1:]),
-    ]
-
-
-def _spread(column: Column, inserted: Sequence[int], total: int) -> Column:
-    """The column with empty cells where lines were inserted."""
-    blank = set(inserted)
-    cells, styles = iter(column.cells), iter(column.styles)
-    return replace(
-        column,
-        cells=tuple(("",) if position in blank else next(cells) for position in range(total)),
-        styles=tuple("" if position in blank else next(styles) for position in range(total)) if column.styles else (),
-    )
+    return shorten(format_place(row.worst).removeprefix(row.name).strip(), longest=_LONGEST_PLACE)
 
 
 def _listed(sections: Sequence[_Section], look: Look) -> RenderableType:
     """A paragraph for each row; it fits any width."""
+
+    def text(content: str, style: str) -> Text:
+        return Text(escape(content, unicode=look.unicode), style=style)
+
     parts: list[RenderableType] = []
     for section in sections:
-        parts.append(Text(escape(section.title, unicode=look.unicode), style="bold"))
-        labels = [
-            " · ".join(part for part in (shorten(row.name), shorten(_method(row))) if part) for row in section.rows
-        ]
-        parts.append(listed_rows(section.rows, labels, look))
-        parts += [Text(escape(line, unicode=look.unicode), style="dim") for line in section.folded]
+        parts.append(text(section.title, "bold"))
+        for row, remark in zip(section.rows, _remarks(section.rows), strict=True):
+            label = " · ".join(part for part in (shorten(row.name), shorten(_method(row))) if part)
+            parts.append(listed_rows([row], [label], look))
+            parts += [Padding(text(remark, "dim"), (0, 0, 0, _INDENT))] if remark else []
+        parts += [text(section.told, "dim")] if section.told else []
     return Group(*parts)

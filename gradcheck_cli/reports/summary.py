@@ -79,6 +79,11 @@ def severity(row: CheckResult) -> float:
     return row.ratio if row.ratio is not None and not math.isnan(row.ratio) else math.inf
 
 
+def is_measured(row: CheckResult) -> bool:
+    """Whether the row has a number to show."""
+    return any(value is not None for value in (row.max_error, row.bound, row.ratio, row.detectable))
+
+
 def faults(tree: ModuleNode | None) -> Iterator[ModuleNode]:
     """The modules whose own gradient is wrong, in order."""
     if tree is None:
@@ -111,13 +116,23 @@ def _amount(report: Report) -> str:
         return f"nothing was checked{skipped}"
     if verdict is Verdict.PASS:
         return f"{count(ran, 'check')}{_weakest(counted[Verdict.PASS])}{skipped}"
+    if verdict is Verdict.FAIL and (wrong := fault_named(report)):
+        return wrong
     failed = counted[Verdict.FAIL]
     also = f", {len(failed):,} failed" if verdict is Verdict.ERROR and failed else ""
     did = " could not run" if verdict is Verdict.ERROR else ""
     head = f"{len(counted[verdict]):,} of {count(ran, 'check')}{did}{also}{skipped}"
-    wrong = [module_label(module) for module in faults(report.tree)]
-    where = f"; first wrong module: {several(wrong)}" if wrong else ""
-    return f"{head}: {_named(counted[verdict], report)}{where}"
+    return f"{head}: {_named(counted[verdict], report)}"
+
+
+def fault_named(report: Report) -> str:
+    """The modules whose own gradient is wrong, with the code of the first diagnosis among their rows."""
+    wrong = list(faults(report.tree))
+    names = {name for module in wrong for name in (module.name, module_label(module)) if name}
+    found = [row for row in report.results if row.verdict is Verdict.FAIL and row.diagnosis]
+    found.sort(key=lambda row: (row.name in names, row.group in report.sections[-1:]), reverse=True)
+    code = f": {found[0].diagnosis.code}" if found and found[0].diagnosis else ""
+    return f"{several([module_label(module) for module in wrong])}{code}" if wrong else ""
 
 
 def _named(rows: Sequence[CheckResult], report: Report) -> str:

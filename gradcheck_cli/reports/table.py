@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -11,13 +12,13 @@ from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.explanations import explanations, is_case
 from gradcheck_cli.reports.grid import flow
 from gradcheck_cli.reports.groups import group_rows
-from gradcheck_cli.reports.numbers import format_checked
+from gradcheck_cli.reports.numbers import count, format_checked
 from gradcheck_cli.reports.pictures import show_picture
 from gradcheck_cli.reports.rows import VERDICT_STYLES, result_rows, structure_rows
-from gradcheck_cli.reports.sections import section_rows
-from gradcheck_cli.reports.summary import method_of, several, signed_word, summarize
+from gradcheck_cli.reports.sections import coverage, section_rows
+from gradcheck_cli.reports.summary import fault_named, method_of, several, signed_word, summarize
 from gradcheck_cli.reports.tree import module_tree
-from gradcheck_cli.results import CheckResult, Report, Verdict
+from gradcheck_cli.results import CheckResult, ModuleNode, Report, Verdict
 
 _MOST_METHODS = 8
 _SMALLEST_WIDTH = 40
@@ -84,11 +85,11 @@ def _blocks(report: Report, look: Look) -> Iterator[list[RenderableType]]:
         yield [section_rows(sections, report.sections, look)]
     if cases:
         yield [group_rows(cases, look, VERDICT_STYLES)]
-    if report.tree is not None:
-        yield [module_tree(report.tree, look)]
-    for verdict in (Verdict.PASS, Verdict.SKIPPED, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL):
+    for verdict in (Verdict.SKIPPED, Verdict.INCONCLUSIVE, Verdict.ERROR, Verdict.FAIL):
         yield explanations(report, verdict, look)
-    yield [*_coverage([*alone, *sections], look), _verdict_line(report, look)]
+    if report.tree is not None:
+        yield [module_tree(_without_told_notes(report.tree, report), look)]
+    yield [*_coverage(alone, look), *_section_coverage(report, look), _verdict_line(report, look)]
 
 
 def _text(content: str, look: Look, style: str = "") -> Text:
@@ -118,6 +119,22 @@ def _coverage(results: Sequence[CheckResult], look: Look) -> list[RenderableType
         _text(f"covered: {amount} by {several(names, shown=_MOST_METHODS)}", look, "dim")
         for amount, names in covered.items()
     ]
+
+
+def _section_coverage(report: Report, look: Look) -> list[RenderableType]:
+    """One line: how much of each section was looked at and, where the verdict names a module, how many checks fail."""
+    ran = [row for row in report.results if row.verdict is not Verdict.SKIPPED]
+    failed = sum(row.verdict is Verdict.FAIL for row in ran)
+    failing = f"{failed:,} of {count(len(ran), 'check')} fail" if fault_named(report) else ""
+    told = "; ".join(part for part in (failing, coverage(report.results, report.sections)) if part)
+    return [_text(told, look, "dim")] if told else []
+
+
+def _without_told_notes(node: ModuleNode, report: Report) -> ModuleNode:
+    """The tree without the notes that stand above it as the diagnosis of a row."""
+    told = any(row.diagnosis is not None and row.diagnosis.message == node.note for row in report.results)
+    children = tuple(_without_told_notes(child, report) for child in node.children)
+    return replace(node, note="" if told else node.note, children=children)
 
 
 def _verdict_line(report: Report, look: Look) -> Text:

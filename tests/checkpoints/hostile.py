@@ -430,7 +430,7 @@ DAMAGED: dict[str, Callable[[Path], Path]] = {
     "exported version": _exported_damage("archive_version", b"0", b"9"),
     "zip bomb": _claims(3 << 30),
     "giant pickle": _with_pickle(b"\x80\x02" + b"]" * (17 << 20) + b"."),
-    "deep pickle": _with_pickle(b"\x80\x02K\x00" + b"\x85" * 500_000 + b"."),
+    "deep pickle": _with_pickle(b"\x80\x02K\x00" + b"\x85" * 50_000 + b"."),
     "garbage pickle": _with_pickle(b"\x80\x02(((((tttt\x85R."),
     "giant string": _with_pickle(b"\x80\x02X\xff\xff\xff\xffabc."),
     "doubled lists": lambda folder: _saved(folder, _doubled()),

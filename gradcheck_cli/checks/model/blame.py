@@ -127,6 +127,8 @@ def told(
     if factor is not None and (code in ("hook", "custom-function", "unrecognised")):
         code, text = "scale", f"{text}: the gradient is {factor:.9g} times the true one"
         detail["factor"] = factor
+    if code == "partial-gradient" and tensors and all(claim == 0.0 for _, claim, _ in tensors):
+        code = "zero-gradient"
     if culprits[0].instruction is not None and _is_straight_through(claimed, right, [name for name, _, _ in tensors]):
         code = "straight-through"
         text += ": what goes round it has no derivative (a rounding or a step), a straight-through estimator"
@@ -155,10 +157,9 @@ def _escaped(escapes: Sequence[Escape], tensors: Sequence[tuple[str, float, floa
 def _is_straight_through(
     claimed: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None], names: Sequence[str]
 ) -> bool:
-    """Whether the true gradients are zero (a rounding, a step) and others are claimed in their place."""
+    """Whether a true gradient is zero (a rounding, a step) and another is claimed in its place."""
     pairs = [(claimed.get(name), right.get(name)) for name in names]
-    flat = all(true is None or not bool(true.any()) for _, true in pairs)
-    return bool(pairs) and flat and all(got is not None and bool(got.any()) for got, _ in pairs)
+    return any((true is None or not bool(true.any())) and got is not None and bool(got.any()) for got, true in pairs)
 
 
 def _plain_code(tensors: Sequence[tuple[str, float, float]]) -> str:

@@ -154,7 +154,7 @@ def _picked(rows: _Rows, classes: int, seed: int) -> tuple[list[int], str]:
     reasons = {
         "the most saturated": index[rows.rest[index].argmin()],
         "the flattest": index[rows.rest[index].argmax()],
-        "the largest logits": index[rows.size[index].argmax()],
+        "with the largest logits": index[rows.size[index].argmax()],
         "at random": index[torch.randint(index.numel(), (), generator=generator)],
     }
     most = max(1, min(len(reasons), MOST_NUMBERS // classes))
@@ -163,8 +163,8 @@ def _picked(rows: _Rows, classes: int, seed: int) -> tuple[list[int], str]:
         if len(told) < most or int(row) in told:
             told[int(row)] = f"{told[int(row)]} and {reason}" if int(row) in told else reason
     total = rows.top.numel()
-    text = "; ".join(f"row {row}: {reason}" for row, reason in told.items())
-    return list(told), f"{len(told)} of {total:,} rows of logits ({text})" if len(told) < total else ""
+    text = ", ".join(f"{row} {reason}" for row, reason in told.items())
+    return list(told), f"{len(told)} of {total:,} rows: {text}" if len(told) < total else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +204,7 @@ def _jacobians(scores: Tensor, methods: tuple[str, ...], task: _Task) -> Iterato
             return  # the laws that would follow were shown in float64
         if time.perf_counter() > task.deadline and done < len(methods):
             reason = f"the time was up after {done} of {len(methods)} methods"
-            yield _row(name, "remaining methods", scores, Verdict.SKIPPED, reason)
+            yield _row(f"other methods of the {name}", "", scores, Verdict.SKIPPED, reason)
             return
 
 

@@ -53,7 +53,14 @@ def judge(
             by_difference=True,
         )
     if not seen.accepts_claim:
-        return Judgement(verdict=Verdict.FAIL, expected=truth.value, bound=tolerance, difference=Verdict.FAIL)
+        lost = not seen.accepts_truth
+        return Judgement(
+            verdict=Verdict.FAIL,
+            expected=seen.value if lost else truth.value,
+            bound=seen.bar if lost else tolerance,
+            difference=Verdict.FAIL,
+            by_difference=lost,
+        )
     reason = "the error is below what differences of the whole model resolve"
     return Judgement(
         verdict=Verdict.FAIL,

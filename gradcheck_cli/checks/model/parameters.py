@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.checks.candidate import Advance
+from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.judge import Judgement, judge
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.probe import (
@@ -159,8 +160,6 @@ class ParameterCheck:
         found = probed.judgement
         if found.verdict is Verdict.PASS and found.difference in (Verdict.PASS, Verdict.SKIPPED):
             return
-        if found.by_difference and found.verdict is Verdict.FAIL and probed.truth.escapes:
-            return
         replica = self._replica
         values = nearby(replica.leaves, seed=replica.case.seed, dtype=self._plan.wide)
         try:
@@ -235,7 +234,7 @@ class ParameterCheck:
         escapes = probed.truth.escapes
         if not (escapes and probed.judgement.by_difference and probed.judgement.verdict is Verdict.FAIL):
             return None
-        where = some_of([f"{one.operator} at {one.place}" for one in escapes])
+        where = some_of([f"{one.operator} at {shown_path(one.place)}" for one in escapes])
         text = f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
         return Diagnosis(code="partial-gradient", message=text, detail={"place": escapes[0].place})
 
