@@ -38,11 +38,14 @@ SHAPES = {
     "jacobian_wrong": ((10, 10), "float64"),
 }
 
-REFUSED_BY_TORCH = {
-    f"damaged/{name}"
-    for name in ("hostile.pt", "payload.pt", "truncated.pt", "writes_when_called.pt", "hostile_inputs.pt2")
+HOSTILE = {
+    "damaged/hostile.pt": b"mkdir",
+    "damaged/hostile_inputs.pt2": b"mkdir",
+    "damaged/payload.pt": b"mkdir",
+    "damaged/truncated.pt": b"data.pkl",
+    "damaged/writes_when_called.pt": b"torch.save(",
 }
-"""Archives of torch that nothing reads without running them; the beginning is the name of the first record."""
+"""Archives of torch that cannot be read without running them, or at all, and what is in them."""
 
 
 def script(name: str) -> ModuleType:
@@ -83,15 +86,16 @@ def test_the_stored_files_are_what_the_script_writes(written: list[dict[str, byt
     for name, content in written[0].items():
         if name == "digits_logits.npy":
             np.testing.assert_allclose(array(stored[name]), array(content), atol=0.1)
-        elif name in REFUSED_BY_TORCH:
-            assert stored[name][:100] == content[:100]
+        elif name in HOSTILE:
+            assert HOSTILE[name] in stored[name]
+            assert HOSTILE[name] in content
         elif name.startswith(("ckpt", "transformer", "damaged/transformer", "damaged/not_finite")):
             (tmp_path / Path(name).name).write_bytes(content)
             made = read_checkpoint(str(tmp_path / Path(name).name), trust=True)
             kept = read_checkpoint(str(FIXTURES / name), trust=True)
             assert close(kept.tensors, made.tensors), name
             assert kept.notes == made.notes
-        elif name.endswith(".pt") and name.startswith("scores"):
+        elif name.startswith("scores") and name.endswith(".pt"):
             assert same(torch.load(io.BytesIO(stored[name])), torch.load(io.BytesIO(content)))
         else:
             assert stored[name] == content, name
@@ -185,6 +189,7 @@ def test_damaged_files_are_damaged() -> None:
 )
 def test_payloads_would_leave_a_mark(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.raiseExceptions", False)  # torch logs a wrong number of arguments
     path = FIXTURES / "damaged" / name
     if name.endswith(".pt2"):
         torch.export.load(path)

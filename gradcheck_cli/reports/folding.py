@@ -1,6 +1,6 @@
 """Which rows of a long section are shown: those that matter, with those that agree told together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gradcheck_cli.reports.numbers import count, format_number
@@ -130,15 +130,10 @@ def _one(rows: Sequence[CheckResult]) -> CheckResult:
 
 
 def _agreement(rows: Sequence[CheckResult]) -> str:
-    """`8 methods agree, 5 laws hold`."""
+    """`8 methods, 5 laws agree`."""
     if rows[0].verdict is Verdict.SKIPPED:
         return count(len(rows), "method")
-    kinds: tuple[tuple[Callable[[CheckResult], bool], str, str], ...] = (
-        (lambda row: row.check != "structure", "method", "agree"),
-        (lambda row: row.check == "structure", "law", "hold"),
-    )
-    parts = []
-    for of_kind, noun, verb in kinds:
-        number = sum(of_kind(row) for row in rows if is_measured(row))
-        parts += [f"{count(number, noun)} {verb if number != 1 else verb + 's'}"] if number else []
-    return ", ".join(parts)
+    measured = [row for row in rows if is_measured(row)]
+    laws = sum(row.check == "structure" for row in measured)
+    numbers = (("method", len(measured) - laws), ("law", laws))
+    return f"{', '.join(count(number, noun) for noun, number in numbers if number)} agree"

@@ -18,6 +18,7 @@ _LEAST_ASIDE = 16
 _LONGEST_NAME = 60
 _LEAST_NAMES = (34, 24)
 """How much of a name is left before a narrower form is taken, and in the narrowest of them."""
+_LEAST_HOW = 38
 Lines = tuple[str, ...]
 
 
@@ -101,9 +102,11 @@ def _widths(parts: Sequence[Part], form: Form, look: Look, *, last: bool) -> _Wi
         found = _Widths(name=names, how=hows, numbers=numbers, word=word, gap=gap)
         if found.total <= look.width:
             return found
-    left = look.width - (found.total - names)
-    least = min(names, _LEAST_NAMES[last] + _INDENT)
-    return _Widths(name=left, how=hows, numbers=numbers, word=word, gap=1) if left >= least else None
+    missing = found.total - look.width
+    how = max(hows - missing, min(hows, _LEAST_HOW))
+    name = names - missing + (hows - how)
+    fits = name >= min(names, _LEAST_NAMES[last] + _INDENT)
+    return _Widths(name=name, how=how, numbers=numbers, word=word, gap=1) if fits else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,11 +80,12 @@ def _amount(checked: Checked) -> str:
 def _section(title: str, rows: Sequence[CheckResult], shown: Shown) -> _Section:
     measured = [row for row in shown.rows if is_measured(row)]
     methods = {"" if row.method == row.name else method_of(row) for row in measured}
+    alone = len(measured) == 1 and not measured[0].reference
     hows = {_how(row) for row in shown.rows}
     return _Section(
         title=title,
         rows=shown.rows,
-        method=methods.pop() if len(methods) == 1 else "",
+        method=methods.pop() if len(methods) == 1 and not alone else "",
         how=hows.pop() if len(hows) == 1 < len(shown.rows) else "",
         seconds=sum(row.seconds for row in rows),
         told=shown.told,
@@ -176,7 +177,8 @@ def _how(row: CheckResult, *, known: str = "") -> str:
 def _method(row: CheckResult, *, known: str = "") -> str:
     """The method, unless the name or the heading says it, and against what, unless the method says it."""
     method = "" if row.method == row.name or method_of(row) == known else method_of(row)
-    against = f"vs {_DETAILS.sub('', row.reference)}" if row.reference and " vs " not in row.method else ""
+    reference = _DETAILS.sub("", row.reference)
+    against = f"vs {reference}" if reference not in ("", row.method) and " vs " not in row.method else ""
     return " ".join(part for part in (method, against) if part)
 
 

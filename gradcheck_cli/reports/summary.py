@@ -138,9 +138,16 @@ def fault_named(report: Report) -> str:
 def _named(rows: Sequence[CheckResult], report: Report) -> str:
     """The rows by name or, where many of them are in sections, how many are in which."""
     if len(rows) <= _MOST_NAMED or not all(row.group in report.sections for row in rows):
-        return several([describe(row) for row in rows], shown=_MOST_NAMED)
+        return several([_briefly(row, report) for row in rows], shown=_MOST_NAMED)
     numbers = [(group, sum(row.group == group for row in rows)) for group in report.sections]
     return ", ".join(f"{number:,} in {group}" for group, number in numbers if number)
+
+
+def _briefly(row: CheckResult, report: Report) -> str:
+    """The row in the verdict's line; the sections above say how it was computed."""
+    if row.group not in report.sections:
+        return describe(row)
+    return f"{row.group}: {row.name}{f': {row.diagnosis.code}' if row.diagnosis else ''}"
 
 
 def _weakest(rows: Sequence[CheckResult]) -> str:

@@ -65,7 +65,8 @@ class ModelCheck:
 
     def _wide(self, native: Outcome, deadline: float, probe_deadline: float) -> Iterator[CheckResult]:
         parameters = ParameterCheck(self._replica, self._plan, self._advance, probe_deadline)
-        wide = self._replica.run(graph=False)
+        assert self._widening is not None
+        wide = self._widening.outcome
         yield from self._guarded("head", lambda: self._head(native, wide, deadline))
         yield from self._guarded("loss", lambda: self._loss(native, wide))
         yield from self._guarded("parameters", parameters.results)
@@ -74,7 +75,8 @@ class ModelCheck:
         wrong = parameters.failed or bool(parameters.detached)
         compared = self._replica.native != self._plan.wide and self._plan.wide == torch.float64
         if compared and not wrong:
-            check = NativeCheck(self._replica, parameters.probed.gradients, parameters.chosen)
+            parameters.release()
+            check = NativeCheck(self._replica, parameters.probed.gradients, parameters.chosen, parameters.narrow)
             rows = lambda: check.results(  # noqa: E731  # a generator that is started inside the guard
                 self._advance, deadline=deadline, resolution=self._plan.resolution, each=self._plan.per_parameter
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.function.setting import unit_of
+from gradcheck_cli.checks.model.narrow import Narrow, NarrowRun, run_narrowly
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.rows import Labels
 from gradcheck_cli.errors import SoftcheckError
@@ -23,6 +24,8 @@ SAMPLES = (3, 8)
 """Runs with random rounding for a slow model and for a fast one."""
 MORE_SAMPLES = 32
 """Samples in all before a model is accused: near a kink single flips decide, and few samples may miss them."""
+PLAIN = 16.0
+"""An error of this many bounds is no accident of few samples."""
 ENTRY_SAFETY = 8.0
 """Multiple of the largest deviation of an entry in any sample that a right entry may deviate by."""
 _PRIOR = 2.0
@@ -59,8 +62,14 @@ class Deviation:
 class NativeCheck:
     """Compares stored dtype and twin tensor by tensor; nothing larger than one more gradient is kept."""
 
-    def __init__(self, replica: Replica, gradients: Sequence[Tensor | None], chosen: Sequence[bool]) -> None:
-        self._replica, self._gradients, self._chosen = replica, gradients, chosen
+    def __init__(
+        self,
+        replica: Replica,
+        gradients: Sequence[Tensor | None],
+        chosen: Sequence[bool],
+        narrow: NarrowRun | None = None,
+    ) -> None:
+        self._replica, self._gradients, self._chosen, self._narrow = replica, gradients, chosen, narrow
         self.dtype = replica.native
         self._unit = unit_of(self.dtype, replica.case.device)
         self._labels = Labels(group="parameters", device=str(replica.case.device), dtype=self.dtype)
@@ -75,12 +84,12 @@ class NativeCheck:
         """
         started = time.perf_counter()
         self._sample(advance, self._wanted(), deadline)
-        narrow = self._narrow()
+        narrow = self._narrow or run_narrowly(self._replica, self._gradients, dtype=None)
         if isinstance(narrow, str):
-            yield self._row(Verdict.ERROR, reason=narrow)
+            yield self._row(Verdict.ERROR, reason=f"the model does not run in its own dtype: {narrow}")
             return
         self.deviations = self._compare(narrow)
-        if self.wrong and self._samples:
+        if self.wrong and self._samples and max(one.ratio for one in self.wrong) < PLAIN:
             self._sample(advance, MORE_SAMPLES - self._samples, deadline)
             self.deviations = self._compare(narrow)
         yield self._summary(resolution, time.perf_counter() - started)
@@ -122,15 +131,7 @@ class NativeCheck:
                     rounded.squares += size**2
                     rounded.largest = max(rounded.largest, float(gap.abs().amax()) / scope.scale)
 
-    def _narrow(self) -> list[Tensor | None] | str:
-        """The gradients in the stored dtype, or why there are none."""
-        try:
-            with self._replica.plainly(), self._replica.in_dtype(None):
-                return self._replica.gradients()[1]
-        except (SoftcheckError, NotImplementedError) as problem:
-            return f"the model does not run in its own dtype: {problem}"
-
-    def _compare(self, narrow: Sequence[Tensor | None]) -> list[Deviation]:
+    def _compare(self, narrow: NarrowRun) -> list[Deviation]:
         norms = [0.0 if g is None else float(torch.linalg.vector_norm(g)) for g in self._gradients]
         typical = [
             math.sqrt(r.squares / self._samples) / n
@@ -139,21 +140,18 @@ class NativeCheck:
         ]
         usual = statistics.median(typical) if typical else math.inf
         found = []
-        for place, (right, low) in enumerate(zip(self._gradients, narrow, strict=True)):
-            if right is not None and low is not None and right.numel() and self._chosen[place]:
+        for place, (right, low) in enumerate(zip(self._gradients, narrow.tensors, strict=True)):
+            if right is not None and low is not None and self._chosen[place]:
                 found.append(self._deviation(place, right, low, norms[place], usual))
         return found
 
-    def _deviation(self, place: int, right: Tensor, low: Tensor, norm: float, usual: float) -> Deviation:
+    def _deviation(self, place: int, right: Tensor, low: Narrow, norm: float, usual: float) -> Deviation:
         rounded, n = self._rounded[place], max(self._samples, 1)
-        gap = low.to(right.dtype).sub_(right)
         square = (rounded.squares + _PRIOR * (usual * norm) ** 2) / (n + _PRIOR)
         subnormal = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
         floor = _LAST_PLACES * subnormal * math.sqrt(right.numel())
         bound = max(SAFETY * math.sqrt(square), _LAST_PLACES * self._unit * norm) + floor
-        sizes = gap.abs()
-        flat = int(torch.where(torch.isnan(sizes), math.inf, sizes).argmax())
-        got, expected = float(low.flatten()[flat]), float(right.flatten()[flat])
+        got, expected, flat = low.got, low.expected, low.flat
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), right.shape)) if right.dim() else ()
         entry = max(
             ENTRY_SAFETY * rounded.largest, bound / math.sqrt(right.numel()), _LAST_PLACES * self._unit * abs(expected)
@@ -167,8 +165,7 @@ class NativeCheck:
             bound=entry + floor,
             place=f"{leaf.name}[{', '.join(map(str, index))}]",
         )
-        error = float(torch.linalg.vector_norm(gap, dtype=torch.float64))
-        return Deviation(place=place, norm=norm, error=error, bound=bound, worst=worst)
+        return Deviation(place=place, norm=norm, error=low.error, bound=bound, worst=worst)
 
     def _summary(self, resolution: float, seconds: float) -> CheckResult:
         wrong = self.wrong

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.judge import Judgement, judge
+from gradcheck_cli.checks.model.narrow import NarrowRun, run_narrowly
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.probe import (
     ERROR_SAFETY,
@@ -38,6 +39,8 @@ WRONG_SHARE = 2.0**-36
 """Share of its norm by which a tensor's gradient may differ from the right one without being called wrong."""
 _NOISE_SHARE = 2.0**-42
 """… and by this share of the median tensor's: a gradient that is zero but for rounding."""
+_SINGLY = 8
+"""Tensors without a gradient up to which each is looked at on its own."""
 _LEVELS = (6, 10)
 """Levels of the finite difference for a slow model and for a fast one."""
 _SLOW = 0.1
@@ -68,6 +71,8 @@ class ParameterCheck:
         self.chosen = chosen_leaves(replica.leaves, plan)
         self._labels = Labels(group="parameters", device=str(replica.case.device), dtype=plan.wide)
         self.probed: Probed | None = None
+        self.narrow: NarrowRun | None = None
+        """The run in the stored dtype, where that is the one in which the rounding was seen."""
         self.unused: tuple[str, ...] = ()
         self.detached: tuple[str, ...] = ()
         self.tensors: dict[str, tuple[float, float, float]] = {}
@@ -163,8 +168,10 @@ class ParameterCheck:
         replica = self._replica
         values = nearby(replica.leaves, seed=replica.case.seed, dtype=self._plan.wide)
         try:
+            narrow = self.narrow
             with replica.at(values):
                 other = self._probe(*replica.gradients())
+            self.narrow = narrow
         except (SoftcheckError, NotImplementedError):
             return
         if other.judgement.verdict is not Verdict.PASS or other.judgement.difference is Verdict.INCONCLUSIVE:
@@ -189,10 +196,20 @@ class ParameterCheck:
         """What rounding does to ⟨g, u⟩: seen in a float32 run of the same numbers, and scaled down."""
         wide = torch.finfo(self._plan.wide).eps
         least = LEAST_ULPS * wide / 2 * math.fsum(abs(claim) for claim in direction.claims)
-        noise = narrow_noise(self._replica, gradients, direction) if self._plan.wide == torch.float64 else None
-        if noise is None:
+        if self._plan.wide != torch.float64:
             return 2.0**10 * least
-        return NOISE_SAFETY * wide / torch.finfo(_NOISE_DTYPE).eps * noise + least
+        native = self._replica.native == _NOISE_DTYPE
+        dtype = None if native else _NOISE_DTYPE
+        found = run_narrowly(self._replica, gradients, dtype=dtype, parts=direction.parts)
+        if isinstance(found, str) or found.noise is None:
+            return 2.0**10 * least
+        self.narrow = found if native else None
+        return NOISE_SAFETY * wide / torch.finfo(_NOISE_DTYPE).eps * found.noise + least
+
+    def release(self) -> None:
+        """Give back the memory of the direction."""
+        if self.probed is not None:
+            self.probed.direction.parts.clear()
 
     def _probe_rows(self, probed: Probed) -> Iterator[CheckResult]:
         found, direction = probed.judgement, probed.direction
@@ -246,6 +263,9 @@ class ParameterCheck:
         if not any(without):
             return
         names = [leaf.name for leaf, w in zip(self._replica.leaves, without, strict=True) if w]
+        if len(names) > _SINGLY:
+            yield from self._missing_together(probed, without, names)
+            return
         self.detached = tuple(self._with_influence(probed, without))
         self.unused = tuple(name for name in names if name not in self.detached)
         for name in self.detached:
@@ -255,10 +275,28 @@ class ParameterCheck:
                 diagnosis=Diagnosis(code="zero-gradient", message=text),
             )  # fmt: skip
         if self.unused:
-            yield self._labels.row(
-                some_of(self.unused), check="use", method="true tangents", verdict=Verdict.PASS,
-                reason="no influence on the loss at these inputs (unused, dead, or exactly zero): no gradient is right",
-            )  # fmt: skip
+            yield self._unused_row()
+
+    def _missing_together(self, probed: Probed, without: Sequence[bool], names: Sequence[str]) -> Iterator[CheckResult]:
+        """Many tensors without a gradient: one probe for all of them."""
+        kept = [part if w else None for part, w in zip(probed.direction.parts, without, strict=True)]
+        if true_slope(self._replica, kept).value == 0.0:
+            self.unused = tuple(names)
+            yield self._unused_row()
+            return
+        self.detached = tuple(names)
+        text = f"the loss depends on some of these {len(names)} tensors, but autograd gives them no gradient: "
+        text += "their path is detached"
+        yield self._labels.row(
+            some_of(names), check="gradient", method="reverse mode", reference="true tangents", verdict=Verdict.FAIL,
+            diagnosis=Diagnosis(code="zero-gradient", message=text, detail={"tensors": float(len(names))}),
+        )  # fmt: skip
+
+    def _unused_row(self) -> CheckResult:
+        return self._labels.row(
+            some_of(self.unused), check="use", method="true tangents", verdict=Verdict.PASS,
+            reason="no influence on the loss at these inputs (unused, dead, or exactly zero): no gradient is right",
+        )  # fmt: skip
 
     def _with_influence(self, probed: Probed, without: Sequence[bool]) -> Iterator[str]:
         leaves, parts = self._replica.leaves, probed.direction.parts
@@ -364,17 +402,3 @@ def chosen_leaves(leaves: Sequence[Leaf], plan: ModelPlan) -> list[bool]:
         names = some_of([leaf.name for leaf in leaves])
         raise SoftcheckError("--only and --skip leave no tensor to check", hint=f"tensors are {names}")
     return chosen
-
-
-def narrow_noise(replica: Replica, gradients: Sequence[Tensor | None], direction: Direction) -> float | None:
-    """√Σ ⟨g32_p − g_p, u_p⟩²: what rounding to float32 does to the claims; None where float32 does not run."""
-    try:
-        with replica.plainly(), replica.in_dtype(_NOISE_DTYPE):
-            _, narrow = replica.gradients()
-    except (SoftcheckError, NotImplementedError):
-        return None
-    total = 0.0
-    for wide, low, part in zip(gradients, narrow, direction.parts, strict=True):
-        if wide is not None and low is not None:
-            total += float(((low.to(wide.dtype) - wide) * part).sum()) ** 2
-    return math.sqrt(total) if math.isfinite(total) else None

@@ -20,6 +20,8 @@ NOISE_SAFETY = 16.0
 LEAST_ULPS = 64.0
 ERROR_SAFETY = 16.0
 """Multiple of a differenced tangent's relative error bar that is allowed for in what it contributes to."""
+_BLOCK = 1_048_573
+"""Random numbers drawn for a tensor; a larger one repeats them (a prime number: rows do not get the same ones)."""
 NEARBY = 2.0**-10
 """Share of its size by which a tensor moves for the second look: past kinks that are at the point itself."""
 _FIRST_STEP = 2.0**-12
@@ -89,10 +91,20 @@ def make_direction(
 
 
 def _gaussian(like: Tensor, *, seed: int) -> Tensor:
-    """A Gaussian tensor of norm 1, drawn on the tensor's device."""
+    """A random tensor of norm 1, drawn on the tensor's device: Gaussian, in blocks of _BLOCK numbers that repeat."""
     generator = torch.Generator(like.device).manual_seed(seed)
-    drawn = torch.empty_like(like, memory_format=torch.preserve_format).normal_(generator=generator)
-    return drawn.div_(_norm(drawn) or 1.0)
+    drawn = torch.empty_like(like, memory_format=torch.preserve_format)
+    if drawn.numel() <= _BLOCK or not drawn.is_contiguous():
+        drawn.normal_(generator=generator)
+        return drawn.div_(_norm(drawn) or 1.0)
+    block = torch.empty(_BLOCK, dtype=drawn.dtype, device=drawn.device).normal_(generator=generator)
+    whole, rest = divmod(drawn.numel(), _BLOCK)
+    size = math.sqrt(whole * _norm(block) ** 2 + _norm(block[:rest]) ** 2)
+    block.div_(size)
+    flat = drawn.view(-1)
+    flat[: whole * _BLOCK].view(whole, _BLOCK).copy_(block.expand(whole, -1))
+    flat[whole * _BLOCK :].copy_(block[:rest])
+    return drawn
 
 
 def _norm(tensor: Tensor) -> float:

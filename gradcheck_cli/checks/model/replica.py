@@ -238,12 +238,12 @@ class Replica:
         for scope in modes[1:] if needs_mode and self.dtype == torch.float64 else modes:
             self.scope = scope
             try:
-                dtype = self.run(graph=False).loss.dtype
+                outcome = self.run(graph=False)
             except (SoftcheckError, NotImplementedError) as raised:
                 problem = problem or raised
                 continue
-            if dtype == self.dtype:
-                return Widening(downcasts=seen.downcasts, draws=seen.draws)
+            if outcome.loss.dtype == self.dtype:
+                return Widening(downcasts=seen.downcasts, draws=seen.draws, outcome=outcome)
         self.scope = nullcontext
         raise SoftcheckError(f"the model does not run in {str(self.dtype).removeprefix('torch.')}") from problem
 
@@ -254,10 +254,11 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Widening:
-    """What the module did in the wide dtype: the places that narrow, and whether it draws random numbers."""
+    """What the module did in the wide dtype: the places that narrow, whether it draws random numbers, its output."""
 
     downcasts: tuple[Downcast, ...]
     draws: bool
+    outcome: Outcome
 
 
 def _parameters(module: torch.nn.Module) -> Iterator[Leaf]:

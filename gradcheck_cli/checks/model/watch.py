@@ -60,7 +60,7 @@ class CallTree:
                 handle.remove()
 
     def _entering(self, name: str) -> Callable[..., None]:
-        def enter(module: torch.nn.Module, args: object) -> None:
+        def enter(_module: torch.nn.Module, _args: object) -> None:
             siblings = self.children.setdefault(self._open[-1] if self._open else "", [])
             if name not in siblings:
                 siblings.append(name)
@@ -69,7 +69,7 @@ class CallTree:
 
         return enter
 
-    def _leaving(self, module: torch.nn.Module, args: object, output: object) -> None:
+    def _leaving(self, _module: torch.nn.Module, _args: object, _output: object) -> None:
         if self._open:
             self._open.pop()
 
@@ -120,7 +120,7 @@ class Watch:
         return enter
 
     def _leaving(
-        self, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        self, module: torch.nn.Module, _args: tuple[object, ...], _kwargs: dict[str, object], output: object
     ) -> object:
         call = next(one for one in reversed(self._open) if one.module is module)
         self._open.remove(call)
