@@ -127,7 +127,8 @@ def _functorch_call(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _wanted(cls: type, args: tuple[Any, ...]) -> bool:
-    return all([choose(cls, args) for choose in _FILTERS])  # every one is asked: they also take notes
+    answers = [choose(cls, args) for choose in _FILTERS]  # every one is asked: they also take notes
+    return all(answers)
 
 
 def described(cls: type) -> CustomFunction:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions
 from gradcheck_cli.program.operator_slopes import operator_tangents
 from gradcheck_cli.program.operators import is_view, place_of_caller, tensors_in, written_tensors
+from gradcheck_cli.program.random_state import RandomState
 
 _PURGE_EVERY = 256
 _CONVERSIONS = frozenset(["numpy", "__array__", "tolist", "__dlpack__", "data_ptr"])
@@ -157,7 +158,8 @@ class _Call:
     def run(self) -> Any:
         """The result; the tangents of what was returned or written are kept."""
         with _autograd_enabled(), torch.no_grad():
-            state = torch.get_rng_state() if torch.Tag.nondeterministic_seeded in self._func.tags else None
+            draws = torch.Tag.nondeterministic_seeded in self._func.tags
+            state = RandomState.now(next(iter(self._moving.values())).device) if draws else None
             for make in (make_dual, make_dual_with_decompositions):
                 try:
                     return self._by_forward_mode(make)
@@ -165,7 +167,7 @@ class _Call:
                     if not _lacks_rule(problem):
                         raise
                 if state is not None:
-                    torch.set_rng_state(state)
+                    state.restore()
             if any(key in self._moving for key in self._written):
                 raise NotImplementedError(f"{self._func} writes in place and has no derivative in forward mode")
             return self._by_slopes(state)
@@ -225,7 +227,7 @@ class _Call:
             self._mode._set(primal, tangent)
         return primal
 
-    def _by_slopes(self, state: Tensor | None) -> Any:
+    def _by_slopes(self, state: RandomState | None) -> Any:
         """Without a forward rule: the operator's double backward, or finite differences of it alone.
 
         `state` is that of the generator before the call, of an operator that draws.
@@ -235,7 +237,7 @@ class _Call:
 
         def again(*args: Any, **kwargs: Any) -> Any:
             if state is not None:
-                torch.set_rng_state(state)
+                state.restore()
             return self._func(*args, **kwargs)
 
         tangents, error = operator_tangents(again, self._args, self._kwargs, self._moving, result)

@@ -16,9 +16,7 @@ _INDENT = 2
 _REMARK_INDENT = 4
 _LEAST_ASIDE = 16
 _LONGEST_NAME = 60
-_LEAST_NAMES = (34, 24)
-"""How much of a name is left before a narrower form is taken, and in the narrowest of them."""
-_LEAST_HOW = 38
+_LEAST_HOW = 36
 Lines = tuple[str, ...]
 
 
@@ -49,11 +47,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """Which columns there are: the heads of those with numbers, and whether `how` stands below the name."""
+    """Which columns there are: the heads of those with numbers, and whether `how` stands below the name.
+
+    `least_name` is how much of a name is left before a narrower form is taken, None where all of it is; the columns
+    `left` are aligned to the left.
+    """
 
     heads: tuple[Lines, ...]
     left: frozenset[int] = frozenset()
     how_below: bool = False
+    least_name: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +77,13 @@ class _Widths:
         return self.before_word + self.word
 
 
-def lay_out(parts: Sequence[Part], form: Form, look: Look, *, last: bool = False) -> list[RenderableType] | None:
-    """The lines of the table, none wider than the look, or None where this form does not fit.
-
-    Names are shortened in their middle, in the `last` form as far as needed.
-    """
-    widths = _widths(parts, form, look, last=last)
+def lay_out(parts: Sequence[Part], form: Form, look: Look) -> list[RenderableType] | None:
+    """The lines of the table, none wider than the look, or None where this form does not fit."""
+    widths = _widths(parts, form, look)
     return None if widths is None else _Drawing(form=form, widths=widths, look=look).lines(parts)
 
 
-def _widths(parts: Sequence[Part], form: Form, look: Look, *, last: bool) -> _Widths | None:
+def _widths(parts: Sequence[Part], form: Form, look: Look) -> _Widths | None:
     def widest(texts: Sequence[str]) -> int:
         return max((cell_len(escape(text, unicode=look.unicode)) for text in texts), default=0)
 
@@ -102,10 +102,12 @@ def _widths(parts: Sequence[Part], form: Form, look: Look, *, last: bool) -> _Wi
         found = _Widths(name=names, how=hows, numbers=numbers, word=word, gap=gap)
         if found.total <= look.width:
             return found
+    if form.least_name is None:
+        return None
     missing = found.total - look.width
     how = max(hows - missing, min(hows, _LEAST_HOW))
     name = names - missing + (hows - how)
-    fits = name >= min(names, _LEAST_NAMES[last] + _INDENT)
+    fits = name >= min(names, form.least_name + _INDENT)
     return _Widths(name=name, how=how, numbers=numbers, word=word, gap=1) if fits else None
 
 

@@ -20,6 +20,8 @@ from gradcheck_cli.results import Checked, CheckResult, Verdict
 
 _MOST_WORST = 5
 _LONGEST_PLACE = 40
+_LEAST_NAME = 40
+"""Characters of a name that are shown in a table before its numbers are put below each other."""
 _INDENT = 4
 _DETAILS = re.compile(r" \([^()]*\)$")
 _EXPLAINED = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR)
@@ -52,10 +54,8 @@ def section_rows(results: Sequence[CheckResult], sections: Sequence[str], look: 
     if any(len(section.rows) > MOST_ROWS for section in shown):
         worst = _worst(results)
         shown += [_Section(title="worst (repeated)", rows=worst)] if worst else []
-    forms = list(_forms(with_place=any(_place(row) for section in shown for row in section.rows)))
-    for number, (form, numbers) in enumerate(forms):
-        parts = [_part(section, numbers) for section in shown]
-        lines = lay_out(parts, form, look, last=number == len(forms) - 1)
+    for form, numbers in _forms(with_place=any(_place(row) for section in shown for row in section.rows)):
+        lines = lay_out([_part(section, numbers) for section in shown], form, look)
         if lines is not None:
             return Group(*lines)
     return _listed(shown, look)
@@ -106,17 +106,19 @@ def _forms(*, with_place: bool) -> Iterator[tuple[Form, Numbers]]:
     for place in (True, False) if with_place else (False,):
         for time in (True, False):
             yield _wide(place=place, time=time)
+    yield _wide(place=False, time=False, least_name=_LEAST_NAME)
     yield (
-        Form(heads=(("error", "bound"), ("error/bound", "detectable")), how_below=True),
+        Form(heads=(("error", "bound"), ("error/bound", "detectable")), how_below=True, least_name=_LEAST_NAME),
         lambda row: (
             (format_number(row.max_error), format_number(row.bound)),
             (format_number(row.ratio), format_number(row.detectable)),
         ),
     )
-    yield Form(heads=(("error/bound",),), how_below=True), lambda row: ((format_number(row.ratio),),)
+    narrow = Form(heads=(("error/bound",),), how_below=True, least_name=_LEAST_NAME // 2)
+    yield narrow, lambda row: ((format_number(row.ratio),),)
 
 
-def _wide(*, place: bool, time: bool) -> tuple[Form, Numbers]:
+def _wide(*, place: bool, time: bool, least_name: int | None = None) -> tuple[Form, Numbers]:
     """One line for each row."""
     columns: list[tuple[Lines, Callable[[CheckResult], str]]] = [
         (("largest", "error"), lambda row: format_number(row.max_error)),
@@ -126,7 +128,8 @@ def _wide(*, place: bool, time: bool) -> tuple[Form, Numbers]:
         (("detect-", "able"), lambda row: format_number(row.detectable)),
         *([(("time",), lambda row: format_seconds(row.seconds))] if time else []),
     ]
-    form = Form(heads=tuple(head for head, _ in columns), left=frozenset({1} if place else ()))
+    left = frozenset({1} if place else ())
+    form = Form(heads=tuple(head for head, _ in columns), left=left, least_name=least_name)
     return form, lambda row: tuple((shown(row),) for _, shown in columns)
 
 

@@ -16,7 +16,7 @@ from gradcheck_cli.checks.model.locate import ModuleSearch
 from gradcheck_cli.checks.model.loss import loss
 from gradcheck_cli.checks.model.native import NativeCheck
 from gradcheck_cli.checks.model.native_search import NativeSearch
-from gradcheck_cli.checks.model.parameters import ParameterCheck
+from gradcheck_cli.checks.model.parameters import ParameterCheck, chosen_leaves
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.replica import Outcome, Replica, Widening
 from gradcheck_cli.checks.model.rows import Labels
@@ -24,6 +24,7 @@ from gradcheck_cli.checks.model.survey import survey
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.case import ModelCase
 from gradcheck_cli.results import CheckResult, ModuleNode, Verdict
+from gradcheck_cli.sources.wording import some_of
 
 _SHARE_OF_PROBE = 0.6
 """Share of the budget after which the probe must have ended, so that rounding and the search have some."""
@@ -52,6 +53,9 @@ class ModelCheck:
         budget = self._plan.budget
         deadline = math.inf if budget is None else started + budget
         probe_deadline = math.inf if budget is None else started + _SHARE_OF_PROBE * budget
+        chosen_leaves(self._replica.leaves, self._plan)  # a pattern that matches nothing is told before the work
+        if self._case.device.type == "mps" and self._plan.wide == torch.float64:
+            raise SoftcheckError("mps has no float64", hint="use --device cpu, or --dtype float32 with its wider bar")
         try:
             yield from self._guarded("checkpoint", lambda: survey(self._case, self._tensors))
             with torch.no_grad():
@@ -146,6 +150,11 @@ class ModelCheck:
             found.append(f"the model narrows inside ({', '.join(listed)}); the twin keeps it wide")
         if self._widening is not None and self._widening.draws:
             found.append("the model draws random numbers; every run starts from the same seed")
+        if self._search is not None and self._search.functions:
+            listed = [
+                f"{one.name}{_at(f'{one.file}:{one.line}' if one.file else '')}" for one in self._search.functions
+            ]
+            found.append(f"custom autograd Functions in the graph: {some_of(listed)}")
         if self._replica.frozen:
             names = len(self._replica.frozen)
             found.append(f"{names} parameters do not require grad and are not checked")

@@ -134,5 +134,5 @@ def _agreed(seen: Seen, truth: Truth, slope: LineEstimate | None, *, tolerance: 
 
 def _why_blind(slope: LineEstimate | None) -> str:
     if slope is None:
-        return "not run"
+        return "not run: the time was over"
     return "kinks or jumps near the point: the error bar is wider than the resolution"

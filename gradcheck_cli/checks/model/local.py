@@ -98,7 +98,7 @@ class LocalRun:
             if isinstance(value, Tensor) and place not in moved:
                 moved[place] = value.clone()
         args, kwargs = self.call.arguments(moved)
-        torch.set_rng_state(self.call.random)
+        self.call.random.restore()
         leaves = pytree.tree_leaves(self.call.module(*args, **kwargs))
         return {place: leaves[place] for place in self.call.outputs if place < len(leaves)}
 

@@ -17,6 +17,7 @@ from gradcheck_cli.checks.model.rows import Labels
 from gradcheck_cli.checks.model.suspects import set_aside
 from gradcheck_cli.checks.model.watch import Call, CallTree, Watch, nearest
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.bypass import CustomFunction, custom_functions
 from gradcheck_cli.results import CheckResult, Diagnosis, ModuleMark, ModuleNode, Verdict
 
 _ALIKE = 3
@@ -68,11 +69,15 @@ class ModuleSearch:
         self._fault: Looked | None = None
         self._blame: Blame | None = None
         self._reference_name = "true tangents"
+        self.functions: tuple[CustomFunction, ...] = ()
+        """The custom autograd Functions in the graph of the loss, nearest to it first."""
 
     def results(self) -> Iterator[CheckResult]:
         """One row for the first bad module, with the reason, and one for every other that is wrong by itself."""
         with self._calls.recording():
-            self._replica.run()
+            outcome = self._replica.run()
+        self.functions = custom_functions([outcome.loss])
+        del outcome
         self._root.opened = True
         self._open(self._root)
         faults = sorted(self._innermost(self._root), key=lambda one: not one.wrong_alone)
@@ -93,7 +98,7 @@ class ModuleSearch:
             self._open(child)
 
     def _check(self, names: Sequence[str]) -> list[Looked]:
-        watch = Watch(nearest(names, self._modules))
+        watch = Watch(nearest(names, self._modules), self._replica.case.device)
         with watch.recording():
             _, gradients = self._replica.gradients()
         totals = {id(leaf.tensor): g for leaf, g in zip(self._replica.leaves, gradients, strict=True) if g is not None}

@@ -13,15 +13,18 @@ from torch import Tensor
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.function.setting import unit_of
 from gradcheck_cli.checks.model.narrow import Narrow, NarrowRun, run_narrowly
+from gradcheck_cli.checks.model.played import Played
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.rows import Labels
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.program.rounding import SAFETY, rounding_played
+from gradcheck_cli.program.rounding import SAFETY
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, Verdict
 from gradcheck_cli.sources.wording import some_of
 
 SAMPLES = (3, 8)
 """Runs with random rounding for a slow model and for a fast one."""
+_SLOW = 0.1
+"""Seconds of a forward pass from which a model is slow."""
 MORE_SAMPLES = 32
 """Samples in all before a model is accused: near a kink single flips decide, and few samples may miss them."""
 PLAIN = 16.0
@@ -239,26 +242,3 @@ class NativeCheck:
             reason=reason,
             seconds=seconds,
         )
-
-
-_SLOW = 0.1
-"""Seconds of a forward pass from which a model is slow."""
-
-
-class Played:
-    """`rounding_played` as a context that is entered for the forward and for the backward: its draws go on."""
-
-    def __init__(self, *, unit: float, seed: int) -> None:
-        self._unit, self._seed, self._entered = unit, seed, 0
-        self.scale = 1.0
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> object:
-        """Start with other draws than the last time."""
-        self._entered += 1
-        self.scale = self._stack.enter_context(rounding_played(unit=self._unit, seed=self._seed * 31 + self._entered))
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        """Stop."""
-        self._stack.close()

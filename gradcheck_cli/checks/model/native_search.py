@@ -12,8 +12,9 @@ from gradcheck_cli.checks.function.setting import unit_of
 from gradcheck_cli.checks.model.blame import Blame, by_name, told
 from gradcheck_cli.checks.model.local import LocalCheck, LocalRun
 from gradcheck_cli.checks.model.locate import Looked, ModuleSearch
-from gradcheck_cli.checks.model.native import NativeCheck, Played
+from gradcheck_cli.checks.model.native import NativeCheck
 from gradcheck_cli.checks.model.parameters import Probed
+from gradcheck_cli.checks.model.played import Played
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.suspects import Suspects
 from gradcheck_cli.checks.model.watch import Call, Watch, nearest
@@ -63,7 +64,7 @@ class NativeSearch(ModuleSearch):
         self._references: dict[int, Reference] = {}
 
     def _check(self, names: Sequence[str]) -> list[Looked]:
-        watch = Watch(nearest(names, self._modules))
+        watch = Watch(nearest(names, self._modules), self._replica.case.device)
         found = {name: Looked(name=name) for name in names}
         alone: dict[int, dict[str, Tensor | None]] = {}
         with self._replica.plainly(), self._replica.in_dtype(None):

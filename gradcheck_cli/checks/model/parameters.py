@@ -15,6 +15,7 @@ from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.judge import Judgement, judge
 from gradcheck_cli.checks.model.narrow import NarrowRun, run_narrowly
 from gradcheck_cli.checks.model.plan import ModelPlan
+from gradcheck_cli.checks.model.played import Played
 from gradcheck_cli.checks.model.probe import (
     ERROR_SAFETY,
     LEAST_ULPS,
@@ -39,6 +40,8 @@ WRONG_SHARE = 2.0**-36
 """Share of its norm by which a tensor's gradient may differ from the right one without being called wrong."""
 _NOISE_SHARE = 2.0**-42
 """… and by this share of the median tensor's: a gradient that is zero but for rounding."""
+_LARGER = 2.0**10
+"""How much larger than the wide dtype's own a rounding is played, to stand out from it."""
 _SINGLY = 8
 """Tensors without a gradient up to which each is looked at on its own."""
 _LEVELS = (6, 10)
@@ -196,15 +199,27 @@ class ParameterCheck:
         """What rounding does to ⟨g, u⟩: seen in a float32 run of the same numbers, and scaled down."""
         wide = torch.finfo(self._plan.wide).eps
         least = LEAST_ULPS * wide / 2 * math.fsum(abs(claim) for claim in direction.claims)
-        if self._plan.wide != torch.float64:
-            return 2.0**10 * least
-        native = self._replica.native == _NOISE_DTYPE
-        dtype = None if native else _NOISE_DTYPE
-        found = run_narrowly(self._replica, gradients, dtype=dtype, parts=direction.parts)
-        if isinstance(found, str) or found.noise is None:
-            return 2.0**10 * least
-        self.narrow = found if native else None
-        return NOISE_SAFETY * wide / torch.finfo(_NOISE_DTYPE).eps * found.noise + least
+        found: NarrowRun | str = "not tried"
+        if self._plan.wide == torch.float64:
+            native = self._replica.native == _NOISE_DTYPE
+            dtype = None if native else _NOISE_DTYPE
+            found = run_narrowly(self._replica, gradients, dtype=dtype, parts=direction.parts)
+            self.narrow = found if native and isinstance(found, NarrowRun) else None
+        if isinstance(found, NarrowRun) and found.noise is not None:
+            return NOISE_SAFETY * wide / torch.finfo(_NOISE_DTYPE).eps * found.noise + least
+        return NOISE_SAFETY * self._played(gradients, direction) + least
+
+    def _played(self, gradients: Sequence[Tensor | None], direction: Direction) -> float:
+        """√Σ ⟨g'_p − g_p, u_p⟩² with every operation's rounding played, scaled to the wide dtype."""
+        unit = torch.finfo(self._plan.wide).eps / 2
+        played = Played(unit=unit * _LARGER, seed=self._replica.case.seed + 1)
+        with self._replica.inside(played):
+            _, moved = self._replica.gradients()
+        total = 0.0
+        for g, other, part in zip(gradients, moved, direction.parts, strict=True):
+            if g is not None and other is not None:
+                total += float(((other - g) * part).sum()) ** 2
+        return math.sqrt(total) / (_LARGER * played.scale)
 
     def release(self) -> None:
         """Give back the memory of the direction."""

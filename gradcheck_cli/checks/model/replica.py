@@ -245,7 +245,10 @@ class Replica:
             if outcome.loss.dtype == self.dtype:
                 return Widening(downcasts=seen.downcasts, draws=seen.draws, outcome=outcome)
         self.scope = nullcontext
-        raise SoftcheckError(f"the model does not run in {str(self.dtype).removeprefix('torch.')}") from problem
+        raise SoftcheckError(
+            f"the model does not run in {str(self.dtype).removeprefix('torch.')}: {problem}",
+            hint="--dtype float32 checks it in float32, with a wider bar" if self.dtype == torch.float64 else None,
+        ) from problem
 
     def _quiet_run(self) -> None:
         with contextlib.suppress(SoftcheckError, NotImplementedError):

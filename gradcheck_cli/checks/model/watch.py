@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gradcheck_cli.program.random_state import RandomState
+
 
 @dataclass(slots=True, kw_only=True)
 class Call:
@@ -23,7 +25,7 @@ class Call:
     module: torch.nn.Module
     inputs: list[object]
     structure: Any
-    random: Tensor
+    random: RandomState
     differentiable: tuple[int, ...] = ()
     upstream: dict[int, Tensor] = field(default_factory=dict)
     given: dict[int, Tensor] = field(default_factory=dict)
@@ -77,8 +79,8 @@ class CallTree:
 class Watch:
     """Records the calls of chosen modules in the runs made inside `recording`."""
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Mapping[str, torch.nn.Module], device: torch.device) -> None:
+        self._modules, self._device = modules, device
         self.calls: list[Call] = []
         self._open: list[Call] = []
 
@@ -103,7 +105,7 @@ class Watch:
                 module=module,
                 inputs=[_copy(leaf) for leaf in leaves],
                 structure=structure,
-                random=torch.get_rng_state(),
+                random=RandomState.now(self._device),
             )
             self.calls.append(call)
             self._open.append(call)
