@@ -267,14 +267,15 @@ def _lacks_rule(problem: Exception) -> bool:
 def _autograd_enabled() -> Iterator[None]:
     """Inside a dispatch mode autograd has been passed; operators called here go through it again, in forward mode too.
 
-    A custom Function switches that off around its forward. Autograd's rules hand over zeros without memory and lazily conjugated numbers, which have keys of their own.
+    A custom Function switches that off around its forward. Autograd's rules hand over zeros without memory and lazily
+    conjugated numbers, which have keys of their own.
     """
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.ADInplaceOrView, keys.ZeroTensor, keys.Conjugate, keys.Negative):
         excluded = excluded.remove(key)
     forward_was = torch._C._is_fwd_grad_enabled()
-    torch._C._set_fwd_grad_enabled(True)
+    torch._C._set_fwd_grad_enabled(True)  # noqa: FBT003  # it takes nothing else
     try:
         with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
             yield

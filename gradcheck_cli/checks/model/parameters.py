@@ -349,7 +349,7 @@ class ParameterCheck:
                 leaf.name,
                 check="gradient",
                 method="reverse mode",
-                reference="the same without the culprit",
+                reference="without the culprit",
                 verdict=Verdict.FAIL,
                 error=gap,
                 bound=bound,
