@@ -40,6 +40,8 @@ _LAST_PLACES = 3.0
 """Units of roundoff of the entry itself that are always allowed: a library function good to one and a half ulp."""
 _BLOCK = 262_147
 """Random factors drawn for a tensor; a larger one repeats them (a prime number: rows do not get the same ones)."""
+_PART = 1 << 16
+"""Numbers looked at together where a whole tensor's temporaries would not stay in the cache."""
 _SHORT_AXIS = 4
 """An axis with fewer entries gives no mean to speak of."""
 
@@ -246,6 +248,8 @@ class _Noise:
         """value ⊙ (1 + unit·ξ); the parts of a complex number get their own ξ."""
         if value.is_complex():
             return torch.view_as_complex(self.scaled(torch.view_as_real(value.resolve_conj()), unit))
+        if value.numel() > _BLOCK and value.is_contiguous():
+            return self._multiply(value.clone(), unit)
         return value * self._factor(value, unit)
 
     def added(self, value: Tensor, size: Tensor, unit: float) -> Tensor:
@@ -259,21 +263,40 @@ class _Noise:
             value.copy_(self.scaled(value, unit))
             return
         if self._subnormal:
-            small = (value.abs() < self._normal) & (value != 0)
+            self._add_subnormal(value)
+        if value.numel() > _BLOCK and value.is_contiguous():
+            self._multiply(value, unit)
+        else:
+            value.mul_(self._factor(value, unit))
+
+    def _add_subnormal(self, value: Tensor) -> None:
+        """An absolute error where the result is below the normal numbers, part by part: temporaries cost most here."""
+        parts = torch.split(value.view(-1), _PART) if value.is_contiguous() else (value,)
+        for part in parts:
+            small = (part.abs() < self._normal) & (part != 0)
             if bool(small.any()):
-                value.add_(small * (self._factor(value, 0.5) - 1), alpha=2 * self._subnormal)
-        value.mul_(self._factor(value, unit))
+                part.add_(small * (self._factor(part, 0.5) - 1), alpha=2 * self._subnormal)
+
+    def _multiply(self, value: Tensor, unit: float) -> Tensor:
+        """A large contiguous value times random factors that repeat, in its own memory."""
+        block = self._drawn(value, (_BLOCK,), unit)
+        whole, rest = divmod(value.numel(), _BLOCK)
+        flat = value.view(-1)
+        flat[: whole * _BLOCK].view(whole, _BLOCK).mul_(block)
+        flat[whole * _BLOCK :].mul_(block[:rest])
+        return value
 
     def _factor(self, value: Tensor, unit: float) -> Tensor:
-        if value.device not in self._generators:
-            self._generators[value.device] = torch.Generator(value.device).manual_seed(self._seed)
-        generator = self._generators[value.device]
         if value.numel() <= _BLOCK:
-            factor = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            return factor.uniform_(1 - unit, 1 + unit, generator=generator)
-        block = torch.empty(_BLOCK, dtype=value.dtype, device=value.device)
-        block.uniform_(1 - unit, 1 + unit, generator=generator)
+            return self._drawn(value, value.shape, unit)
+        block = self._drawn(value, (_BLOCK,), unit)
         return block.repeat(-(-value.numel() // _BLOCK))[: value.numel()].view(value.shape)
+
+    def _drawn(self, like: Tensor, shape: Sequence[int], unit: float) -> Tensor:
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
+        factor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return factor.uniform_(1 - unit, 1 + unit, generator=self._generators[like.device])
 
 
 class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types for it

@@ -67,10 +67,10 @@ def _section_failures(rows: Sequence[CheckResult], report: Report, look: Look) -
     Rows with nothing but numbers are in the table; only where no row says more, the worst of them are told.
     """
     rows = [row for row in rows if row.group in report.sections]
-    kinds: dict[tuple[str, str], list[CheckResult]] = {}
+    kinds: dict[tuple[str, str, str | None], list[CheckResult]] = {}
     for row in rows:
         if row.diagnosis or row.reason or row.script:
-            kinds.setdefault((row.group, _NUMBER.sub("#", _reason(row))), []).append(row)
+            kinds.setdefault((row.group, _NUMBER.sub("#", _reason(row)), row.rerun), []).append(row)
     bare = sorted(rows, key=severity, reverse=True)[:_MOST_ALIKE]
     told = list(kinds.values()) or [[row] for row in bare]
     told.sort(key=lambda alike: report.sections.index(alike[0].group))

@@ -35,16 +35,17 @@ def fold(rows: Sequence[CheckResult], *, show_all: bool) -> Shown:
     """
     if show_all:
         return Shown(rows=tuple(rows))
-    merged = _together(rows)
+    members = _together(rows)
+    merged = [_one(found) for found in members]
     failing = [row for row in merged if row.verdict is Verdict.FAIL]
     quiet = [row for row in merged if row.verdict in (Verdict.PASS, Verdict.SKIPPED)]
-    urgent = len(merged) - len(quiet)
-    kept = set(map(id, _first_and_worst(failing, _MOST_FAILING)))
-    kept |= set(map(id, _first_and_worst(quiet, max(MOST_ROWS - urgent, MOST_ROWS // 4))))
+    urgent = len(merged) - len(quiet) - len(failing)
+    wrong = _first_and_worst(failing, _MOST_FAILING)
+    kept = {id(row) for row in (*wrong, *_first_and_worst(quiet, max(MOST_ROWS - urgent - len(wrong), MOST_ROWS // 4)))}
     shown = [row for row in merged if row.verdict not in _FOLDED or id(row) in kept]
-    hidden = [row for row in merged if row.verdict in _FOLDED and id(row) not in kept]
-    hidden += _needless(rows)
-    return Shown(rows=tuple(shown), told=_told(hidden))
+    left = [found for row, found in zip(merged, members, strict=True) if row.verdict in _FOLDED and id(row) not in kept]
+    hidden = [row for found in left for row in found]
+    return Shown(rows=tuple(shown), told=_told([*hidden, *_needless(rows)]))
 
 
 def _first_and_worst(rows: Sequence[CheckResult], most: int) -> list[CheckResult]:
@@ -68,30 +69,24 @@ def _told(hidden: Sequence[CheckResult]) -> str:
     return f"… and {', '.join(parts)}; all with --show-all" if parts else ""
 
 
-def _together(rows: Sequence[CheckResult]) -> list[CheckResult]:
-    """The rows with those that agree told by one, and without the skipped ones that others stand for."""
+def _together(rows: Sequence[CheckResult]) -> list[list[CheckResult]]:
+    """The rows that are told by one, without the skipped ones that others stand for; most are told alone."""
     needless = set(map(id, _needless(rows)))
     rows = [row for row in rows if id(row) not in needless]
-    members: dict[tuple[str, str, Verdict], list[CheckResult]] = {}
+    found: dict[tuple[str, str, Verdict], list[CheckResult]] = {}
     for row in rows:
         if _counts(row):
-            members.setdefault(_key(row), []).append(row)
-    alike = {key: found for key, found in members.items() if len(found) >= _FEWEST_ALIKE}
+            found.setdefault(_key(row), []).append(row)
+    alike = {key: members for key, members in found.items() if len(members) >= _FEWEST_ALIKE}
     first = {key[0]: key for key in reversed(alike) if key[2] is Verdict.PASS}
     for row in rows:  # what has no numbers (the reference itself) belongs to the first of its name
         if row.verdict is Verdict.PASS and not is_measured(row) and row.name in first:
-            alike[first[row.name]] = [*alike[first[row.name]], row]
-    replaced = {id(row): key for key, found in alike.items() for row in found}
-    merged: list[CheckResult] = []
-    done: set[tuple[str, str, Verdict]] = set()
+            alike[first[row.name]].append(row)
+    key_of = {id(row): key for key, members in alike.items() for row in members}
+    told: dict[object, list[CheckResult]] = {}
     for row in rows:
-        key = replaced.get(id(row))
-        if key is None:
-            merged.append(row)
-        elif key not in done:
-            done.add(key)
-            merged.append(_one(alike[key]))
-    return merged
+        told.setdefault(key_of.get(id(row), id(row)), []).append(row)
+    return list(told.values())
 
 
 def _key(row: CheckResult) -> tuple[str, str, Verdict]:
@@ -115,6 +110,8 @@ def _needless(rows: Sequence[CheckResult]) -> list[CheckResult]:
 
 def _one(rows: Sequence[CheckResult]) -> CheckResult:
     """The worst of rows that agree, for all of them."""
+    if len(rows) == 1:
+        return rows[0]
     worst = max(rows, key=lambda row: severity(row) if is_measured(row) else -1.0)
     detectable = [row.detectable for row in rows if row.detectable is not None]
     reasons = dict.fromkeys(row.reason for row in rows if row.reason)

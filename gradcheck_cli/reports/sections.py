@@ -94,8 +94,9 @@ def _section(title: str, rows: Sequence[CheckResult], shown: Shown) -> _Section:
 
 def _worst(results: Sequence[CheckResult]) -> tuple[CheckResult, ...]:
     """The rows that fail or come close to their bound, the worst first."""
-    measured = [row for row in results if row.ratio is not None and not row.ratio <= CLOSE]
-    return tuple(sorted(measured, key=severity, reverse=True)[:_MOST_WORST])
+    measured = [row for row in results if row.ratio is not None]
+    worth = [row for row in measured if row.verdict is Verdict.FAIL or not severity(row) <= CLOSE]
+    return tuple(sorted(worth, key=severity, reverse=True)[:_MOST_WORST])
 
 
 Numbers = Callable[[CheckResult], tuple[Lines, ...]]

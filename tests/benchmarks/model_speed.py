@@ -7,7 +7,7 @@ and 1×64 tokens with --large, and the others their base sizes. One unit is a fl
 kernel of attention that has all derivatives (MATH), warm, the median of three and taken again around every check.
 Measured are the group of the parameters (all of them verified in float64, with the making of the float64 twin), the
 gradient in the stored dtype against the twin, and the whole command from survey to the last row, loading left out.
-Peak memory is the growth of the process's peak resident set over its size with the model, in a fresh process each
+Beside wall time stands the processor time of all threads: on a machine with other work it is the steadier ratio. Peak memory is the growth of the process's peak resident set over its size with the model, in a fresh process each
 (Linux only), in units of the model's parameters in float64.
 """
 
@@ -18,7 +18,7 @@ import pstats
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -97,12 +97,33 @@ MODELS: Mapping[str, tuple[Callable[..., nn.Module], Callable[[bool], Tensor]]] 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """Seconds of one unit beside each check, and of the steps of the whole command by what it said it was doing."""
+class Clock:
+    """Seconds that passed, and seconds of all processors."""
 
-    unit: float
-    parameters: float
-    whole: float
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(wall=time.perf_counter(), processor=time.process_time())
+
+    def since(self, start: "Clock") -> "Clock":
+        return Clock(wall=self.wall - start.wall, processor=self.processor - start.processor)
+
+    @classmethod
+    def median(cls, found: Sequence["Clock"]) -> "Clock":
+        return cls(
+            wall=statistics.median(one.wall for one in found),
+            processor=statistics.median(one.processor for one in found),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The unit, each check, and the steps of the whole command (seconds) by what it said it was doing."""
+
+    unit: Clock
+    checks: Mapping[str, Clock]
     steps: Mapping[str, float]
 
 
@@ -112,19 +133,19 @@ def case_of(name: str, *, large: bool) -> ModelCase:
     return make_model_case(module, (inputs(large),), name=name)
 
 
-def unit_of(case: ModelCase, repeat: int = 3) -> float:
-    """Median seconds of one float64 forward and backward, warm."""
+def unit_of(case: ModelCase, repeat: int = 3) -> Clock:
+    """Median of float64 forwards and backwards, warm."""
     module = case.module.double()
     args = [one.double() if isinstance(one, Tensor) and one.is_floating_point() else one for one in case.args]
     taken = []
     for _ in range(repeat + 1):
-        started = time.perf_counter()
+        started = Clock.now()
         with sdpa_kernel(SDPBackend.MATH):
             case.loss.call(module(*args, **case.kwargs)).backward()  # type: ignore[no-untyped-call]  # torch's own
-        taken.append(time.perf_counter() - started)
+        taken.append(Clock.now().since(started))
         module.zero_grad(set_to_none=True)
     module.float()
-    return statistics.median(taken[1:])
+    return Clock.median(taken[1:])
 
 
 class Steps:
@@ -164,17 +185,13 @@ def check_whole(case: ModelCase, steps: Steps) -> list[CheckResult]:
 
 def measure(case: ModelCase) -> Measured:
     """Once; every result is asked to be a pass, so that what is timed is what a right model costs."""
-    before = unit_of(case)
-    started = time.perf_counter()
-    _expect_passes(check_parameters(case))
-    parameters = time.perf_counter() - started
-    between = unit_of(case)
-    started = time.perf_counter()
-    steps = Steps()
-    _expect_passes(check_whole(case, steps))
-    whole = time.perf_counter() - started
-    unit = statistics.median([before, between, unit_of(case)])
-    return Measured(unit=unit, parameters=parameters, whole=whole, steps=steps.seconds)
+    steps, units, checks = Steps(), [unit_of(case)], {}
+    for what, run in (("parameters", check_parameters), ("whole", lambda case: check_whole(case, steps))):
+        started = Clock.now()
+        _expect_passes(run(case))
+        checks[what] = Clock.now().since(started)
+        units.append(unit_of(case))
+    return Measured(unit=Clock.median(units), checks=checks, steps=steps.seconds)
 
 
 def _expect_passes(rows: list[CheckResult]) -> None:
@@ -224,18 +241,21 @@ def profiled(rows: int) -> Iterator[None]:
 def show(name: str, *, large: bool, repeat: int) -> None:
     case = case_of(name, large=large)
     found = [measure(case) for _ in range(repeat)]
-    for what, seconds in (("parameters", [one.parameters for one in found]), ("whole", [one.whole for one in found])):
-        ratios = sorted(value / one.unit for value, one in zip(seconds, found, strict=True))
+    unit = Clock.median([one.unit for one in found])
+    for what, goal in GOALS.items():
+        seconds = statistics.median(one.checks[what].wall for one in found)
+        wall = [one.checks[what].wall / one.unit.wall for one in found]
+        processor = statistics.median(one.checks[what].processor / one.unit.processor for one in found)
         memory = peak(what, name, large=large)
-        listed = " ".join(f"{ratio:.1f}" for ratio in ratios)
+        listed = " ".join(f"{ratio:.1f}" for ratio in sorted(wall))
         print(
-            f"{name:8s}{what:12s}{statistics.median(one.unit for one in found):9.3f}{statistics.median(seconds):9.2f}"
-            f"{statistics.median(ratios):8.1f}{GOALS[what]:6.0f}{memory:8.1f}   {listed}",
+            f"{name:8s}{what:12s}{unit.wall:9.3f}{seconds:9.2f}{statistics.median(wall):8.1f}{goal:6.0f}"
+            f"{processor:11.1f}{memory:8.1f}   {listed}",
             flush=True,
         )
     for step in found[0].steps:
-        seconds = [one.steps.get(step, 0.0) / one.unit for one in found]
-        print(f"{'':8s}  {statistics.median(seconds):6.2f}  {step}")
+        share = statistics.median(one.steps.get(step, 0.0) / one.unit.wall for one in found)
+        print(f"{'':8s}  {share:6.2f}  {step}")
 
 
 def main() -> None:
@@ -246,7 +266,10 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0, help="print this many functions of a whole check by time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{'model':8s}{'what':12s}{'unit s':>9s}{'s':>9s}{'units':>8s}{'goal':>6s}{'memory':>8s}   units of each run")
+    print(
+        f"{'model':8s}{'what':12s}{'unit s':>9s}{'s':>9s}{'units':>8s}{'goal':>6s}{'processor':>11s}{'memory':>8s}"
+        "   units of each run"
+    )
     for name in arguments.models.split(","):
         show(name, large=arguments.large, repeat=arguments.repeat)
         with profiled(arguments.profile):

@@ -193,9 +193,8 @@ def test_summaries():
     assert summarize(EMPTY) == "nothing was checked"
     assert summarize(BROKEN).startswith("2 of 4 checks could not run, 1 failed: ")
     assert summarize(FAILING).startswith("3 of 5 checks: ")
-    assert summarize(MODEL) == (
-        "13 of 149 checks, 1 skipped: 12 in parameters, 1 in where; first wrong module: transformer.h.7.attn (Attention)"
-    )
+    assert summarize(MODEL) == "transformer.h.7.attn (Attention): scale"
+    assert summarize(replace(MODEL, tree=None)) == "13 of 149 checks, 1 skipped: 12 in parameters, 1 in where"
     assert summarize(INTERRUPTED) == "interrupted; until then 2 checks, detectable error 2.31e-15"
     assert summarize(SAMPLES["only_skipped"]) == "nothing was checked, 1 skipped"
 

@@ -122,7 +122,7 @@ def told(
         detail["function"] = culprits[0].function.__name__
         row = _checked(culprits[0], seed=replica.case.seed)
         if row is not None and row.diagnosis is not None:
-            code, text = row.diagnosis.code, f"{text}: {row.diagnosis.message}"
+            code, text = row.diagnosis.code, f"{text}: {_within_sentence(row.diagnosis.message)}"
             worst = worst or row.worst
     if factor is not None and (code in ("hook", "custom-function", "unrecognised")):
         code, text = "scale", f"{text}: the gradient is {factor:.9g} times the true one"
@@ -137,6 +137,11 @@ def told(
     return Blame(
         diagnosis=Diagnosis(code=code, message=f"{text}{wrong}", detail=detail), worst=worst, culprits=tuple(culprits)
     )
+
+
+def _within_sentence(message: str) -> str:
+    first = message[:1] if message[1:2].isupper() else message[:1].lower()
+    return first + message[1:].rstrip(".")
 
 
 def _checked(culprit: Culprit, *, seed: int) -> CheckResult | None:

@@ -43,9 +43,7 @@ class ModelCheck:
         self._replica = Replica(case)
         self._widening: Widening | None = None
         self._search: ModuleSearch | None = None
-        self._notes: list[str] = []
-        self._outcome: Outcome | None = None
-        self._times: dict[str, float] = {}
+        self._left_out: list[str] = []
 
     def results(self) -> Iterator[CheckResult]:
         """All rows. The module has its own numbers again when this ends, however it ends."""
@@ -69,6 +67,7 @@ class ModelCheck:
 
     def _wide(self, native: Outcome, deadline: float, probe_deadline: float) -> Iterator[CheckResult]:
         parameters = ParameterCheck(self._replica, self._plan, self._advance, probe_deadline)
+        self._left_out = parameters.left_out
         assert self._widening is not None
         wide = self._widening.outcome
         yield from self._guarded("head", lambda: self._head(native, wide, deadline))
@@ -119,14 +118,12 @@ class ModelCheck:
 
     def _guarded(self, group: str, rows: Callable[[], Iterator[CheckResult]]) -> Iterator[CheckResult]:
         """The rows of a group; what it raises becomes an error row, so that no other group is lost."""
-        started = time.perf_counter()
         try:
             for row in rows():
                 yield row if row.group == group else replace(row, group=group)
         except (SoftcheckError, RuntimeError, NotImplementedError) as problem:
             labels = Labels(group=group, device=str(self._case.device), dtype=self._plan.wide)
             yield labels.row(group, check=group, method="", verdict=Verdict.ERROR, reason=first_line(problem))
-        self._times[group] = time.perf_counter() - started
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Size of the model, its dtype and the loss."""
@@ -150,6 +147,8 @@ class ModelCheck:
             found.append(f"the model narrows inside ({', '.join(listed)}); the twin keeps it wide")
         if self._widening is not None and self._widening.draws:
             found.append("the model draws random numbers; every run starts from the same seed")
+        if self._left_out:
+            found.append(f"the time ({self._plan.budget:g} s) was over before: {', '.join(self._left_out)}")
         if self._search is not None and self._search.functions:
             listed = [
                 f"{one.name}{_at(f'{one.file}:{one.line}' if one.file else '')}" for one in self._search.functions
@@ -158,7 +157,7 @@ class ModelCheck:
         if self._replica.frozen:
             names = len(self._replica.frozen)
             found.append(f"{names} parameters do not require grad and are not checked")
-        return (*found, *self._notes)
+        return tuple(found)
 
     def tree(self) -> ModuleNode | None:
         """The modules that were looked at, where a gradient is wrong."""

@@ -135,4 +135,4 @@ def _agreed(seen: Seen, truth: Truth, slope: LineEstimate | None, *, tolerance: 
 def _why_blind(slope: LineEstimate | None) -> str:
     if slope is None:
         return "not run: the time was over"
-    return "kinks or jumps near the point: the error bar is wider than the resolution"
+    return "kinks, jumps or rounding near the point make the error bar wider than the resolution"

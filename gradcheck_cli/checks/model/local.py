@@ -36,6 +36,7 @@ class LocalCheck:
     bound: float
     names: tuple[str, ...]
     scale: float
+    by_difference: bool = False
 
     @property
     def wrong_in_model(self) -> bool:
@@ -230,6 +231,7 @@ def _compared(
         bound=(LOCAL_SHARE + ERROR_SAFETY * run.error) * scale + run.slack,
         names=tuple(points),
         scale=scale,
+        by_difference=run.slack > 0,
     )
 
 

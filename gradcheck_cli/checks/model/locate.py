@@ -150,7 +150,7 @@ class ModuleSearch:
             f"{name} ({kind})",
             check="module",
             method="vector–Jacobian product in the model",
-            reference=self._reference_name,
+            reference=self._reference_of(looked),
             verdict=Verdict.FAIL,
             error=error,
             bound=bound,
@@ -165,6 +165,11 @@ class ModuleSearch:
             return blame_whole(self._replica, self._probed)
         call, checked = looked.wrong[0]
         return blame_module(self._replica, self._probed, call, checked, inner=bool(looked.children))
+
+    def _reference_of(self, looked: Looked) -> str:
+        by_difference = any(found.by_difference for _, found in looked.wrong)
+        by_difference = by_difference or (not looked.wrong and self._probed.judgement.by_difference)
+        return "finite differences" if by_difference else self._reference_name
 
     def _numbers(self, looked: Looked) -> tuple[float, float, float]:
         if not looked.wrong:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcheck_cli.checks.model.probe import dot
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.errors import SoftcheckError
 
@@ -55,15 +56,16 @@ def run_narrowly(
         narrow, gap = _beside(right, low)
         tensors.append(narrow)
         if parts:
-            square += float(gap.mul_(parts[place]).sum(dtype=torch.float64)) ** 2
+            square += dot(gap, parts[place]) ** 2
     noise = math.sqrt(square) if parts and math.isfinite(square) else None
     return NarrowRun(tensors=tuple(tensors), noise=noise)
 
 
 def _beside(right: Tensor, low: Tensor) -> tuple[Narrow, Tensor]:
     gap = low.to(right.dtype).sub_(right)
-    high, deep = int(gap.argmax()), int(gap.argmin())  # an entry that is nan is the largest for both
-    flat = max(high, deep, key=lambda place: _size(gap, place))
+    low_gap, high_gap = torch.aminmax(gap)
+    extreme = gap.argmin() if float(low_gap.abs()) > float(high_gap.abs()) else gap.argmax()  # nan is the largest
+    flat = int(extreme)
     narrow = Narrow(
         error=float(torch.linalg.vector_norm(gap, dtype=torch.float64)),
         flat=flat,
@@ -71,8 +73,3 @@ def _beside(right: Tensor, low: Tensor) -> tuple[Narrow, Tensor]:
         expected=float(right.flatten()[flat]),
     )
     return narrow, gap
-
-
-def _size(gap: Tensor, place: int) -> float:
-    value = abs(float(gap.flatten()[place]))
-    return math.inf if math.isnan(value) else value

@@ -132,7 +132,8 @@ class NativeCheck:
                 size = float(torch.linalg.vector_norm(gap, dtype=torch.float64)) / scope.scale
                 if math.isfinite(size):
                     rounded.squares += size**2
-                    rounded.largest = max(rounded.largest, float(gap.abs().amax()) / scope.scale)
+                    low, high = torch.aminmax(gap)
+                    rounded.largest = max(rounded.largest, max(-float(low), float(high)) / scope.scale)
 
     def _compare(self, narrow: NarrowRun) -> list[Deviation]:
         norms = [0.0 if g is None else float(torch.linalg.vector_norm(g)) for g in self._gradients]

@@ -44,7 +44,7 @@ _LARGER = 2.0**10
 """How much larger than the wide dtype's own a rounding is played, to stand out from it."""
 _SINGLY = 8
 """Tensors without a gradient up to which each is looked at on its own."""
-_LEVELS = (6, 10)
+_LEVELS = (5, 10)
 """Levels of the finite difference for a slow model and for a fast one."""
 _SLOW = 0.1
 """Seconds of a forward pass from which a model is slow."""
@@ -76,6 +76,8 @@ class ParameterCheck:
         self.probed: Probed | None = None
         self.narrow: NarrowRun | None = None
         """The run in the stored dtype, where that is the one in which the rounding was seen."""
+        self.left_out: list[str] = []
+        """What there was no time for."""
         self.unused: tuple[str, ...] = ()
         self.detached: tuple[str, ...] = ()
         self.tensors: dict[str, tuple[float, float, float]] = {}
@@ -122,7 +124,7 @@ class ParameterCheck:
         names = [
             leaf.name
             for leaf, g, c in zip(self._replica.leaves, gradients, self.chosen, strict=True)
-            if c and g is not None and not bool(torch.isfinite(g).all())
+            if c and g is not None and not _is_finite(g)
         ]
         if not names:
             return None
@@ -145,6 +147,8 @@ class ParameterCheck:
         replica.run(graph=False)
         levels = self._levels(time.perf_counter() - started)
         slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
+        if slope is None:
+            self.left_out.append("finite differences of the loss")
         self._advance(3, 4, "rounding of the gradient")
         tolerance = self._tolerance(gradients, direction)
         tolerance += ERROR_SAFETY * truth.error * math.fsum(abs(claim) for claim in direction.claims)
@@ -246,6 +250,8 @@ class ParameterCheck:
             diagnosis=self._escape(probed),
             seconds=probed.seconds,
         )
+        if found.by_difference and found.verdict is Verdict.FAIL:
+            return
         slope = probed.slope
         value = None if slope is None else float(slope.value)
         bar = None if slope is None else 2 * float(slope.bar)
@@ -272,9 +278,7 @@ class ParameterCheck:
 
     def _missing(self, probed: Probed) -> Iterator[CheckResult]:
         """Tensors for which autograd gives nothing: never used, or used on a path that autograd does not see."""
-        without = [
-            c and (g is None or not bool(g.count_nonzero())) for g, c in zip(probed.gradients, self.chosen, strict=True)
-        ]
+        without = [c and (g is None or _is_zero(g)) for g, c in zip(probed.gradients, self.chosen, strict=True)]
         if not any(without):
             return
         names = [leaf.name for leaf, w in zip(self._replica.leaves, without, strict=True) if w]
@@ -310,7 +314,7 @@ class ParameterCheck:
     def _unused_row(self) -> CheckResult:
         return self._labels.row(
             some_of(self.unused), check="use", method="true tangents", verdict=Verdict.PASS,
-            reason="no influence on the loss at these inputs (unused, dead, or exactly zero): no gradient is right",
+            reason="no influence on the loss at these inputs (unused, dead, or exactly zero), so no gradient is due",
         )  # fmt: skip
 
     def _with_influence(self, probed: Probed, without: Sequence[bool]) -> Iterator[str]:
@@ -372,6 +376,7 @@ class ParameterCheck:
             if self._plan.per_parameter or row.verdict is Verdict.FAIL:
                 yield row
         if left:
+            self.left_out.append(f"own probes of {len(left)} tensors")
             yield self._labels.row(
                 some_of(left), check="gradient", method="reverse mode", verdict=Verdict.SKIPPED,
                 reason=f"the time was over before {len(left)} tensors had a probe of their own; the joint one has them",
@@ -399,6 +404,18 @@ class ParameterCheck:
             checked=Checked(probes=1),
             seconds=time.perf_counter() - started,
         )
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    if not gradient.numel():
+        return True
+    low, high = torch.aminmax(gradient)  # nan shows in both; no temporary of the gradient's size
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    low, high = torch.aminmax(gradient) if gradient.numel() else (0.0, 0.0)
+    return float(low) == 0.0 == float(high)
 
 
 def chosen_leaves(leaves: Sequence[Leaf], plan: ModelPlan) -> list[bool]:

@@ -85,7 +85,7 @@ def make_direction(
         length = min(1 / norm, FARTHEST * middle * size) if norm > 0 else middle * size
         part.mul_(length)
         parts.append(part)
-        claims.append(0.0 if g is None else _dot(g, part))
+        claims.append(0.0 if g is None else dot(g, part))
         reach = max(reach, math.sqrt(2) * length / size)
     return Direction(parts=parts, claims=claims, reach=reach or 1.0)
 
@@ -111,8 +111,9 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) if tensor.numel() else 0.0
 
 
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float(torch.sum(left * right, dtype=torch.float64)) if left.dim() != 1 else float(left @ right)
+def dot(left: Tensor, right: Tensor) -> float:
+    """⟨a, b⟩ without a temporary of their size."""
+    return float(torch.dot(left.reshape(-1), right.reshape(-1)))
 
 
 def _sizes(leaves: Sequence[Leaf]) -> list[float]:
@@ -136,7 +137,7 @@ def true_slope(replica: Replica, parts: Sequence[Tensor | None]) -> Truth:
     """The derivative of the loss along the direction by tangents below autograd: one forward pass."""
     tangents = TrueTangents()
     for leaf, part in zip(replica.leaves, parts, strict=True):
-        if part is not None and part.numel() and bool(part.any()):
+        if part is not None and part.numel():
             tangents.give(leaf.tensor, part)
     with replica.inside(tangents), replica.inside(EscapeWatch(tangents)):
         loss = replica.run().loss
