@@ -43,6 +43,8 @@ class Instructions(TorchFunctionMode):
         super().__init__()
         self._ignored = frozenset(ignored)
         self._found: dict[Instruction, None] = {}
+        self.hooks: dict[Instruction, tuple[Any, Tensor]] = {}
+        """The function and the tensor of every hook, of its first registration at a place."""
 
     @property
     def found(self) -> tuple[Instruction, ...]:
@@ -61,6 +63,8 @@ class Instructions(TorchFunctionMode):
         if not instruction.place:
             return func(*args, **kwargs)
         self._found[instruction] = None
+        if kind == "hook" and len(args) > 1:
+            self.hooks.setdefault(instruction, (args[1], args[0].detach()))
         if instruction not in self._ignored:
             return func(*args, **kwargs)
         if kind == "no_grad":

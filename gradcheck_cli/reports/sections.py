@@ -105,9 +105,8 @@ Numbers = Callable[[CheckResult], tuple[Lines, ...]]
 def _forms(*, with_place: bool) -> Iterator[tuple[Form, Numbers]]:
     """The columns from the widest form to the narrowest, with what stands in them."""
     for place in (True, False) if with_place else (False,):
-        for time in (True, False):
-            yield _wide(place=place, time=time)
-    yield _wide(place=False, time=False, least_name=_LEAST_NAME)
+        yield _wide(place=place)
+    yield _wide(place=False, least_name=_LEAST_NAME)
     yield (
         Form(heads=(("error", "bound"), ("error/bound", "detectable")), how_below=True, least_name=_LEAST_NAME),
         lambda row: (
@@ -119,15 +118,14 @@ def _forms(*, with_place: bool) -> Iterator[tuple[Form, Numbers]]:
     yield narrow, lambda row: ((format_number(row.ratio),),)
 
 
-def _wide(*, place: bool, time: bool, least_name: int | None = None) -> tuple[Form, Numbers]:
-    """One line for each row."""
+def _wide(*, place: bool, least_name: int | None = None) -> tuple[Form, Numbers]:
+    """One line for each row; times are in the headings, so that no layout depends on them."""
     columns: list[tuple[Lines, Callable[[CheckResult], str]]] = [
         (("largest", "error"), lambda row: format_number(row.max_error)),
         *([(("where",), lambda row: _place(row) or MISSING)] if place else []),
         (("bound",), lambda row: format_number(row.bound)),
         (("error/", "bound"), lambda row: format_number(row.ratio)),
         (("detect-", "able"), lambda row: format_number(row.detectable)),
-        *([(("time",), lambda row: format_seconds(row.seconds))] if time else []),
     ]
     left = frozenset({1} if place else ())
     form = Form(heads=tuple(head for head, _ in columns), left=left, least_name=least_name)

@@ -23,12 +23,14 @@ from gradcheck_cli.checks.model.probe import (
     Direction,
     Truth,
     difference,
+    dot,
     make_direction,
     nearby,
     true_slope,
 )
 from gradcheck_cli.checks.model.replica import Leaf, Outcome, Replica
 from gradcheck_cli.checks.model.rows import Labels
+from gradcheck_cli.checks.model.suspects import Suspects
 from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.derivatives.line_difference import LineEstimate
 from gradcheck_cli.errors import SoftcheckError
@@ -104,6 +106,7 @@ class ParameterCheck:
             return
         probed = self._probe(outcome, gradients)
         self._reconsidered(probed)
+        self._confirmed(probed)
         probed.seconds = time.perf_counter() - started
         self.probed = probed
         yield from self._probe_rows(probed)
@@ -192,6 +195,41 @@ class ParameterCheck:
             reason=reason if probed.at_kinks else found.reason,
             difference_reason="kinks at this very point; beside it the differences agree",
             bound=max(found.bound, abs(probed.direction.claimed - found.expected)) if probed.at_kinks else found.bound,
+        )
+
+    def _confirmed(self, probed: Probed) -> None:
+        """A second witness for an error below what differences resolve: the gradient by torch's own rules alone.
+
+        Where it is the claim, no code of the user's is between: torch's forward and reverse rules differ in some
+        operator, and finite differences judge as far as they see.
+        """
+        found = probed.judgement
+        if not found.needs_confirmation or found.verdict is not Verdict.FAIL:
+            return
+        direction = probed.direction
+
+        def claim() -> float:
+            _, gradients = self._replica.gradients()
+            pairs = zip(gradients, direction.parts, strict=True)
+            return math.fsum(0.0 if g is None else dot(g, part) for g, part in pairs)
+
+        modules = list(self._replica.case.module.modules())
+        other = Suspects(claim, true=probed.truth.value, bound=probed.tolerance, modules=modules).without_any()
+        if other is None or abs(other - direction.claimed) > probed.tolerance:
+            return
+        reason = "PyTorch's own forward and reverse rules of some operator disagree"
+        if found.difference is not Verdict.PASS or probed.slope is None:
+            reason += ", by less than differences can tell"
+            probed.judgement = replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+            return
+        probed.judgement = replace(
+            found,
+            verdict=Verdict.PASS,
+            expected=float(probed.slope.value),
+            bound=2 * float(probed.slope.bar),
+            by_difference=True,
+            reason=f"{reason}: judged by finite differences",
+            difference_reason=None,
         )
 
     def _levels(self, forward: float) -> int:

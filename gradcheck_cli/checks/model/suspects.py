@@ -41,6 +41,7 @@ class Suspects:
         self._claim, self._true, self._bound, self._modules = claim, true, bound, modules
         self._functions: dict[type, tuple[Any, ...]] = {}
         self._instructions: tuple[Instruction, ...] = ()
+        self._tensor_hooks: dict[Instruction, tuple[Any, Tensor]] = {}
         self._refused = ""
 
     def culprits(self) -> list[Culprit]:
@@ -52,7 +53,7 @@ class Suspects:
                 return [self._function(cls)]
         for instruction in self._instructions:
             if self._mends(Instructions(ignored=[instruction])):
-                return [_instruction(instruction)]
+                return [self._instruction(instruction)]
             if self._refused:
                 return [_overwritten(instruction, self._refused)]
         for one in hooked:
@@ -62,6 +63,15 @@ class Suspects:
         if self._mends(every):
             return self._together(hooked)
         return []
+
+    def without_any(self) -> float | None:
+        """The claim with everything set aside at once: torch's own rules alone; None where that cannot be computed."""
+        self._look()
+        try:
+            with _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked([*_hooks(self._modules)])):
+                return self._claim()
+        except (SoftcheckError, RuntimeError, NotImplementedError):
+            return None
 
     def functions(self) -> list[Culprit]:
         """The custom Functions met, none of them convicted."""
@@ -79,6 +89,7 @@ class Suspects:
         with bypassed(only=note), watch:
             self._claim()
         self._instructions = watch.found
+        self._tensor_hooks = watch.hooks
 
     def _mends(self, context: AbstractContextManager[object]) -> bool:
         self._refused = ""
@@ -101,13 +112,23 @@ class Suspects:
         for instruction in self._instructions:
             rest_of = [other for other in self._instructions if other != instruction]
             if not self._mends(_all_of(bypassed(), Instructions(ignored=rest_of), _unhooked(hooked))):
-                found.append(_instruction(instruction))
+                found.append(self._instruction(instruction))
         for one in hooked:
             rest_hooked = [other for other in hooked if other is not one]
             others = _all_of(bypassed(), Instructions(ignored=self._instructions), _unhooked(rest_hooked))
             if not self._mends(others):
                 found.append(_hooked(one))
         return found
+
+    def _instruction(self, found: Instruction) -> Culprit:
+        if found.kind != "hook":
+            text = f"{found.words}{_at(found.place)} cuts the gradient of a path that the loss depends on"
+            return Culprit(code="partial-gradient", text=text, place=found.place, instruction=found)
+        text = f"a hook on a tensor registered{_at(found.place)} changes the gradient"
+        factor = _factor_of(*self._tensor_hooks[found]) if found in self._tensor_hooks else None
+        if factor is not None:
+            text += f": it multiplies it by {factor:.9g}"
+        return Culprit(code="hook" if factor is None else "scale", text=text, place=found.place, instruction=found)
 
     def _function(self, cls: type) -> Culprit:
         found = described(cls)
@@ -126,14 +147,6 @@ def set_aside(culprits: Sequence[Culprit]) -> AbstractContextManager[None]:
     return _all_of(bypassed(only=_one_of(functions)), Instructions(ignored=instructions), _unhooked(hooked))
 
 
-def _instruction(found: Instruction) -> Culprit:
-    if found.kind == "hook":
-        text = f"a hook on a tensor registered{_at(found.place)} changes the gradient"
-        return Culprit(code="hook", text=text, place=found.place, instruction=found)
-    text = f"{found.words}{_at(found.place)} cuts the gradient of a path that the loss depends on"
-    return Culprit(code="partial-gradient", text=text, place=found.place, instruction=found)
-
-
 def _overwritten(found: Instruction, refused: str) -> Culprit:
     text = f"numbers that the backward needs are overwritten through {found.words}{_at(found.place)}"
     return Culprit(code="stateful", text=f"{text} ({refused})", place=found.place)
@@ -146,6 +159,7 @@ class Hooked:
     words: str
     holders: tuple[Any, ...]
     place: str
+    parameter: Tensor | None = None
 
 
 def _hooks(modules: Sequence[torch.nn.Module]) -> Iterator[Hooked]:
@@ -155,8 +169,9 @@ def _hooks(modules: Sequence[torch.nn.Module]) -> Iterator[Hooked]:
             yield Hooked(words=f"the module ({type(module).__name__})", holders=holders, place=_place_of(holders))
         for name, p in module.named_parameters(recurse=False):
             if p._backward_hooks:
+                holders = (p._backward_hooks,)
                 yield Hooked(
-                    words=f"the parameter {name}", holders=(p._backward_hooks,), place=_place_of([p._backward_hooks])
+                    words=f"the parameter {name}", holders=holders, place=_place_of(holders), parameter=p.detach()
                 )
 
 
@@ -168,7 +183,28 @@ def _place_of(holders: Sequence[Any]) -> str:
 
 def _hooked(found: Hooked) -> Culprit:
     text = f"a backward hook on {found.words}{_at(found.place)} changes the gradient"
-    return Culprit(code="hook", text=text, place=found.place, hooked=found)
+    factor = None
+    if found.parameter is not None:
+        factor = _factor_of(next(iter(found.holders[0].values())), found.parameter)
+    if factor is not None:
+        text += f": it multiplies it by {factor:.9g}"
+    return Culprit(code="hook" if factor is None else "scale", text=text, place=found.place, hooked=found)
+
+
+def _factor_of(hook: Any, tensor: Tensor) -> float | None:
+    """The number by which a tensor's hook multiplies any gradient, if it does no more than that."""
+    gradient = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradient = gradient.to(device=tensor.device, dtype=tensor.dtype)
+    try:
+        with torch.no_grad():
+            got = hook(gradient.clone())
+    except Exception:  # noqa: BLE001  # the user's code may raise anything
+        return None
+    if not isinstance(got, Tensor) or got.shape != gradient.shape or not gradient.numel():
+        return None
+    factor = float((got * gradient).sum() / (gradient * gradient).sum())
+    left = float((got - factor * gradient).norm())
+    return factor if left <= 8 * torch.finfo(tensor.dtype).eps * float(got.norm()) else None
 
 
 def _at(place: str) -> str:
