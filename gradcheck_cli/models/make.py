@@ -156,8 +156,8 @@ def _check_mode(checkpoint: Checkpoint, *, train: bool) -> None:
 
 
 def _state_notes(module: nn.Module, options: ModelOptions) -> tuple[str, ...]:
-    """The mode, what is random in it, and what is frozen."""
-    notes = [f"the model is in {'train' if options.train else 'eval'} mode"]
+    """What is random in train mode, and what is frozen."""
+    notes = []
     if options.train:
         dropped = sum(1 for one in module.modules() if isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0)
         layers = "layer" if dropped == 1 else "layers"

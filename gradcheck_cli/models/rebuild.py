@@ -111,8 +111,7 @@ class _Chain:
         notes = [f"the architecture was rebuilt from names and shapes: {told}"]
         if self._assumed:
             notes.append(
-                f"not in the file and therefore assumed: {'; '.join(self._assumed)} (the gradients of the stored "
-                "layers are checked behind these; --arch checks the model itself)"
+                f"assumed, as it is not in the file: {'; '.join(self._assumed)} (--arch checks the model itself)"
             )
         return tuple(notes)
 

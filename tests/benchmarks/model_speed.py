@@ -1,6 +1,7 @@
 """Speed and memory of `softcheck model` beside one float64 forward and backward of the same model, in one process.
 
-    python -m tests.benchmarks.model_speed [--models gpt2,bert,vit,resnet] [--large] [--repeat 3] [--profile 20]
+    python -m tests.benchmarks.model_speed [--models gpt2,bert,vit,resnet] [--large] [--repeat 3]
+        [--threads 2] [--memory] [--profile 20]
 
 The models are those of the transformers library with random numbers, stored in float32; GPT-2 has its 124M parameters
 and 1×64 tokens with --large, and the others their base sizes. One unit is a float64 forward and backward with a
@@ -47,7 +48,6 @@ def gpt2(*, large: bool) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = {"vocab_size": 1000, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
-    small |= {"bos_token_id": 0, "eos_token_id": 0}
     options: dict[str, Any] = {} if large else small
     return GPT2LMHeadModel(GPT2Config(use_cache=False, **options))
 
@@ -185,13 +185,16 @@ def check_whole(case: ModelCase, steps: Steps) -> list[CheckResult]:
 
 def measure(case: ModelCase) -> Measured:
     """Once; every result is asked to be a pass, so that what is timed is what a right model costs."""
-    steps, units, checks = Steps(), [unit_of(case)], {}
-    for what, run in (("parameters", check_parameters), ("whole", lambda case: check_whole(case, steps))):
-        started = Clock.now()
-        _expect_passes(run(case))
-        checks[what] = Clock.now().since(started)
-        units.append(unit_of(case))
-    return Measured(unit=Clock.median(units), checks=checks, steps=steps.seconds)
+    units = [unit_of(case)]
+    started = Clock.now()
+    _expect_passes(check_parameters(case))
+    parameters = Clock.now().since(started)
+    units.append(unit_of(case))
+    started, steps = Clock.now(), Steps()
+    _expect_passes(check_whole(case, steps))
+    whole = Clock.now().since(started)
+    units.append(unit_of(case))
+    return Measured(unit=Clock.median(units), checks={"parameters": parameters, "whole": whole}, steps=steps.seconds)
 
 
 def _expect_passes(rows: list[CheckResult]) -> None:
@@ -201,13 +204,12 @@ def _expect_passes(rows: list[CheckResult]) -> None:
 
 def _peak(pipe: Connection, what: str, name: str, large: bool) -> None:
     warnings.simplefilter("ignore")
+    _quiet_transformers()
     check_whole(case_of(name, large=False), Steps())  # imports and thread pools are not counted
     case = case_of(name, large=large)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
-    if what == "unit":
-        unit_of(case, repeat=1)
-    elif what == "parameters":
+    if what == "parameters":
         check_parameters(case)
     else:
         check_whole(case, Steps())
@@ -238,7 +240,7 @@ def profiled(rows: int) -> Iterator[None]:
     pstats.Stats(profile).sort_stats("tottime").print_stats(rows)
 
 
-def show(name: str, *, large: bool, repeat: int) -> None:
+def show(name: str, *, large: bool, repeat: int, memory: bool) -> None:
     case = case_of(name, large=large)
     found = [measure(case) for _ in range(repeat)]
     unit = Clock.median([one.unit for one in found])
@@ -246,16 +248,23 @@ def show(name: str, *, large: bool, repeat: int) -> None:
         seconds = statistics.median(one.checks[what].wall for one in found)
         wall = [one.checks[what].wall / one.unit.wall for one in found]
         processor = statistics.median(one.checks[what].processor / one.unit.processor for one in found)
-        memory = peak(what, name, large=large)
+        most = f"{peak(what, name, large=large):8.1f}" if memory else f"{'':8s}"
         listed = " ".join(f"{ratio:.1f}" for ratio in sorted(wall))
         print(
             f"{name:8s}{what:12s}{unit.wall:9.3f}{seconds:9.2f}{statistics.median(wall):8.1f}{goal:6.0f}"
-            f"{processor:11.1f}{memory:8.1f}   {listed}",
+            f"{processor:11.1f}{most}   {listed}",
             flush=True,
         )
     for step in found[0].steps:
         share = statistics.median(one.steps.get(step, 0.0) / one.unit.wall for one in found)
         print(f"{'':8s}  {share:6.2f}  {step}")
+
+
+def _quiet_transformers() -> None:
+    """It tells of ids of a vocabulary that was made smaller."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its own
 
 
 def main() -> None:
@@ -264,14 +273,18 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="GPT-2 of 124M parameters, the others' base sizes")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--profile", type=int, default=0, help="print this many functions of a whole check by time")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory as well")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    _quiet_transformers()
+    torch.set_num_threads(arguments.threads)
     print(
         f"{'model':8s}{'what':12s}{'unit s':>9s}{'s':>9s}{'units':>8s}{'goal':>6s}{'processor':>11s}{'memory':>8s}"
         "   units of each run"
     )
     for name in arguments.models.split(","):
-        show(name, large=arguments.large, repeat=arguments.repeat)
+        show(name, large=arguments.large, repeat=arguments.repeat, memory=arguments.memory)
         with profiled(arguments.profile):
             if arguments.profile:
                 check_whole(case_of(name, large=arguments.large), Steps())

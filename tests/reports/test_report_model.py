@@ -248,7 +248,7 @@ def test_passing_rows_may_say_something(width):
     lines = [line.strip() for line in table(MODEL, width).split("\n")]
     said = "148 tensors, 124,439,808 numbers, all float32"
     assert said in " ".join(lines)
-    assert (f"tensors{' ' * 23}{said}" in " ".join(lines)) == (width == 120)
+    assert bool(re.search(rf"tensors +{said}", " ".join(lines))) == (width >= 80)
     measured = replace(row(group="head", name="a"), reason="4 of 32 rows")
     text = table(report(measured, replace(measured, dtype="float32"), sections=("head",)), width)
     assert text.count("    4 of 32 rows\n") == 1

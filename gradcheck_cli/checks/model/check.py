@@ -145,7 +145,7 @@ class ModelCheck:
                 {f"{one.operator} to {_name(one.dtype)}{_at(one.place)}" for one in self._widening.downcasts}
             )
             found.append(f"the model narrows inside ({', '.join(listed)}); the twin keeps it wide")
-        if self._widening is not None and self._widening.draws:
+        if self._widening is not None and self._widening.draws and not self._case.train:
             found.append("the model draws random numbers; every run starts from the same seed")
         if self._left_out:
             found.append(f"the time ({self._plan.budget:g} s) was over before: {', '.join(self._left_out)}")
@@ -154,9 +154,6 @@ class ModelCheck:
                 f"{one.name}{_at(f'{one.file}:{one.line}' if one.file else '')}" for one in self._search.functions
             ]
             found.append(f"custom autograd Functions in the graph: {some_of(listed)}")
-        if self._replica.frozen:
-            names = len(self._replica.frozen)
-            found.append(f"{names} parameters do not require grad and are not checked")
         return tuple(found)
 
     def tree(self) -> ModuleNode | None:

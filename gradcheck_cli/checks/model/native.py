@@ -21,7 +21,7 @@ from gradcheck_cli.program.rounding import SAFETY
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, Verdict
 from gradcheck_cli.sources.wording import some_of
 
-SAMPLES = (3, 8)
+SAMPLES = (2, 8)
 """Runs with random rounding for a slow model and for a fast one."""
 _SLOW = 0.1
 """Seconds of a forward pass from which a model is slow."""

@@ -46,8 +46,10 @@ _LARGER = 2.0**10
 """How much larger than the wide dtype's own a rounding is played, to stand out from it."""
 _SINGLY = 8
 """Tensors without a gradient up to which each is looked at on its own."""
-_LEVELS = (5, 10)
+_LEVELS = (4, 10)
 """Levels of the finite difference for a slow model and for a fast one."""
+_TANGENTS_COST = 3.0
+"""What a forward pass with tangents costs, in passes without."""
 _SLOW = 0.1
 """Seconds of a forward pass from which a model is slow."""
 
@@ -144,11 +146,11 @@ class ParameterCheck:
         replica = self._replica
         direction = make_direction(replica.leaves, gradients, seed=replica.case.seed, chosen=self.chosen)
         self._advance(1, 4, "true derivative of the loss")
-        truth = true_slope(replica, direction.parts)
-        self._advance(2, 4, "finite differences of the loss")
         started = time.perf_counter()
-        replica.run(graph=False)
-        levels = self._levels(time.perf_counter() - started)
+        truth = true_slope(replica, direction.parts)
+        forward = (time.perf_counter() - started) / _TANGENTS_COST
+        self._advance(2, 4, "finite differences of the loss")
+        levels = self._levels(forward)
         slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
         if slope is None:
             self.left_out.append("finite differences of the loss")

@@ -228,7 +228,8 @@ class Replica:
         where torch compares dtypes before that, a mode above it does. Raises SoftcheckError where nothing helps.
         """
         assert self.dtype is not None
-        seen = observe(self._quiet_run)
+        first: list[Outcome] = []
+        seen = observe(lambda: self._quiet_run(first))
         native = self.native
         modes: list[Scope] = [
             nullcontext,
@@ -236,6 +237,8 @@ class Replica:
             functools.partial(wide_everywhere, native=native),
         ]
         needs_mode = bool(seen.downcasts) or (seen.draws and native != self.dtype)
+        if not needs_mode and first and first[0].loss.dtype == self.dtype:
+            return Widening(downcasts=(), draws=seen.draws, outcome=first[0])
         problem: Exception | None = None
         for scope in modes[1:] if needs_mode and self.dtype == torch.float64 else modes:
             self.scope = scope
@@ -252,9 +255,9 @@ class Replica:
             hint="--dtype float32 checks it in float32, with a wider bar" if self.dtype == torch.float64 else None,
         ) from problem
 
-    def _quiet_run(self) -> None:
+    def _quiet_run(self, outcomes: list[Outcome]) -> None:
         with contextlib.suppress(SoftcheckError, NotImplementedError):
-            self.run(graph=False)
+            outcomes.append(self.run(graph=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
