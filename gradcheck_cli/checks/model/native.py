@@ -22,9 +22,7 @@ from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Mismatch, Ver
 from gradcheck_cli.sources.wording import some_of
 
 SAMPLES = (2, 8)
-"""Runs with random rounding for a slow model and for a fast one."""
-_SLOW = 0.1
-"""Seconds of a forward pass from which a model is slow."""
+"""Runs with random rounding for a large model and for a small one."""
 MORE_SAMPLES = 32
 """Samples in all before a model is accused: near a kink single flips decide, and few samples may miss them."""
 PLAIN = 16.0
@@ -86,7 +84,7 @@ class NativeCheck:
         The replica must be in the wide dtype and its scope.
         """
         started = time.perf_counter()
-        self._sample(advance, self._wanted(), deadline)
+        self._sample(advance, SAMPLES[not self._replica.is_large], deadline)
         narrow = self._narrow or run_narrowly(self._replica, self._gradients, dtype=None)
         if isinstance(narrow, str):
             yield self._row(Verdict.ERROR, reason=f"the model does not run in its own dtype: {narrow}")
@@ -104,11 +102,6 @@ class NativeCheck:
     def wrong(self) -> list[Deviation]:
         """The tensors that are off by more than rounding."""
         return [one for one in self.deviations if one.ratio > 1]
-
-    def _wanted(self) -> int:
-        started = time.perf_counter()
-        self._replica.run(graph=False)
-        return SAMPLES[time.perf_counter() - started < _SLOW]
 
     def _sample(self, advance: Advance, wanted: int, deadline: float) -> None:
         for number in range(wanted):

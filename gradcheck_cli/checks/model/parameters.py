@@ -47,11 +47,9 @@ _LARGER = 2.0**10
 _SINGLY = 8
 """Tensors without a gradient up to which each is looked at on its own."""
 _LEVELS = (4, 10)
-"""Levels of the finite difference for a slow model and for a fast one."""
+"""Levels of the finite difference for a large model and for a small one."""
 _TANGENTS_COST = 3.0
 """What a forward pass with tangents costs, in passes without."""
-_SLOW = 0.1
-"""Seconds of a forward pass from which a model is slow."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,7 +146,7 @@ class ParameterCheck:
         self._advance(1, 4, "true derivative of the loss")
         started = time.perf_counter()
         truth = true_slope(replica, direction.parts)
-        forward = (time.perf_counter() - started) / _TANGENTS_COST
+        forward = (time.perf_counter() - started) / _TANGENTS_COST  # of what the time that is left is divided by
         self._advance(2, 4, "finite differences of the loss")
         levels = self._levels(forward)
         slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
@@ -235,7 +233,7 @@ class ParameterCheck:
         )
 
     def _levels(self, forward: float) -> int:
-        wanted = _LEVELS[forward < _SLOW]
+        wanted = _LEVELS[not self._replica.is_large]
         left = (self._deadline - time.perf_counter()) / 2
         return wanted if math.isinf(left) else min(wanted, int(left / (3 * max(forward, 1e-6))))
 

@@ -18,6 +18,8 @@ from gradcheck_cli.program.program import seeded
 from gradcheck_cli.program.twin import Downcast, Float64Twin, observe, wide_everywhere
 
 Scope = Callable[[], AbstractContextManager[object]]
+LARGE = 1 << 24
+"""Numbers in all leaves from which a model is large."""
 _SMALL = 1 << 20
 """Buffers up to this size are put back after every run; larger ones where torch knows that they were written."""
 
@@ -84,6 +86,11 @@ class Replica:
         self.leaves += tuple(self._input_leaves(_input_names(case.args, case.kwargs)))
         self._base = [leaf.stored for leaf in self.leaves]
         self._gradients = [(leaf.tensor, leaf.tensor.grad) for leaf in self.leaves]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether passes are dear, so that fewer are made. By size, not by the clock: the same run gives the same."""
+        return sum(leaf.stored.numel() for leaf in self.leaves) > LARGE
 
     def _input_leaves(self, names: Sequence[str]) -> Iterator[Leaf]:
         for position, value in enumerate(self._inputs):
