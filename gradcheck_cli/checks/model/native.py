@@ -31,6 +31,8 @@ ENTRY_SAFETY = 8.0
 """Multiple of the largest deviation of an entry in any sample that a right entry may deviate by."""
 _PRIOR = 2.0
 """How many samples the typical tensor's relative deviation counts for beside a tensor's own."""
+_VANISHING = 1e-9
+"""A gradient of this share of the median tensor's is zero but for rounding, and hidden in any narrower dtype."""
 _LAST_PLACES = 3.0
 
 
@@ -170,7 +172,8 @@ class NativeCheck:
         if not known:
             return self._row(Verdict.SKIPPED, reason="no tensor has a gradient")
         decisive = max(self.deviations, key=lambda one: one.ratio)
-        blind = [one for one in known if one.bound > resolution * one.norm]
+        size = statistics.median([one.norm for one in known])
+        blind = [one for one in known if one.bound > resolution * one.norm and one.norm > _VANISHING * size]
         reason = None
         if blind and not wrong:
             names = some_of([self._replica.leaves[one.place].name for one in blind])
