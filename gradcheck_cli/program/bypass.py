@@ -1,6 +1,7 @@
 """Custom autograd Functions run under plain autodiff, so that differentiating gives their forward's derivative."""
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
@@ -220,6 +221,7 @@ def _operator_body(cls: Any) -> Callable[..., Any] | None:
     return definition._init_fn if definition is not None else None
 
 
+@functools.lru_cache(maxsize=256)  # finding a class in its file reads the whole file
 def _described(cls: Any) -> CustomFunction:
     """A Function's name with the place of its class, or of its forward where the class has no source file."""
     body = _operator_body(cls) if cls.__module__ == _OPERATOR_MODULE else None

@@ -44,6 +44,8 @@ class ModelCheck:
         self._widening: Widening | None = None
         self._search: ModuleSearch | None = None
         self._left_out: list[str] = []
+        self._parameters: ParameterCheck | None = None
+        self._seconds = 0.0
 
     def results(self) -> Iterator[CheckResult]:
         """All rows. The module has its own numbers again when this ends, however it ends."""
@@ -63,11 +65,12 @@ class ModelCheck:
                 self._widening = self._replica.widen()
                 yield from self._wide(native, deadline, probe_deadline)
         finally:
+            self._seconds = time.perf_counter() - started
             self._replica.close()
 
     def _wide(self, native: Outcome, deadline: float, probe_deadline: float) -> Iterator[CheckResult]:
         parameters = ParameterCheck(self._replica, self._plan, self._advance, probe_deadline)
-        self._left_out = parameters.left_out
+        self._left_out, self._parameters = parameters.left_out, parameters
         assert self._widening is not None
         wide = self._widening.outcome
         yield from self._guarded("head", lambda: self._head(native, wide, deadline))
@@ -147,6 +150,13 @@ class ModelCheck:
             found.append(f"the model narrows inside ({', '.join(listed)}); the twin keeps it wide")
         if self._widening is not None and self._widening.draws and not self._case.train:
             found.append("the model draws random numbers; every run starts from the same seed")
+        large = self._replica.is_large and self._parameters is not None and self._seconds
+        if large and self._parameters is not None and self._parameters.probed is not None:
+            unit, probe = self._parameters.unit_seconds, self._parameters.probed.seconds
+            found.append(
+                f"one forward and backward pass in {_name(self._plan.wide)} took {unit:.2g} s; the probe of all "
+                f"parameters took {probe / unit:.1f} of these, the whole check {self._seconds / unit:.1f}"
+            )
         if self._left_out:
             found.append(f"the time ({self._plan.budget:g} s) was over before: {', '.join(self._left_out)}")
         if self._search is not None and self._search.functions:

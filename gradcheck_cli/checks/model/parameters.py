@@ -78,6 +78,8 @@ class ParameterCheck:
         self.probed: Probed | None = None
         self.narrow: NarrowRun | None = None
         """The run in the stored dtype, where that is the one in which the rounding was seen."""
+        self.unit_seconds = 0.0
+        """What one forward and backward pass in the wide dtype took."""
         self.left_out: list[str] = []
         """What there was no time for."""
         self.unused: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ class ParameterCheck:
         started = time.perf_counter()
         self._advance(0, 4, "gradient of every parameter")
         outcome, gradients = self._replica.gradients()
+        self.unit_seconds = time.perf_counter() - started
         if not math.isfinite(float(outcome.loss)):
             yield self._labels.row(
                 self._all(), check="gradient", method="reverse mode", verdict=Verdict.ERROR,
