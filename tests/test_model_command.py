@@ -171,7 +171,7 @@ EVERY_OPTION = (
     "--arch", "net.py:Net", "--arch-kwargs", '{"width": 4}', "--inputs", "in puts.npz", "--input-shape", "1,8:int:9",
     "--input-shape", "3", "--targets", "y.npy", "--loss", "net.py:loss", "--train", "--device", "cuda:1", "--dtype",
     "float32", "--seed", "7", "--only", "h.*", "--only", "input", "--skip", "*.bias", "--budget", "2.5",
-    "--per-parameter", "--trust-checkpoint", "--resolution", "0.1",
+    "--per-parameter", "--trust-checkpoint", "--resolution", "0.1", "--allow", "straight-through",
 )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def test_every_option_reaches_the_case_and_the_plan(run):
     ]  # fmt: skip
     assert report["facts"]["plan"] == (
         "ModelPlan(only=('h.*', 'input'), skip=('*.bias',), budget=2.5, per_parameter=True, wide=torch.float32, "
-        "resolution=0.1)"
+        "resolution=0.1, allow=frozenset({'straight-through'}))"
     )
     assert (report["environment"]["mode"], report["environment"]["twin"]) == ("train", "float32")
     assert report["subject"] == "ckpt.pt as net.py:Net"
@@ -199,7 +199,8 @@ def test_the_defaults(run):
         ("trust", False),
     ]  # fmt: skip
     assert report["facts"]["plan"] == (
-        "ModelPlan(only=(), skip=(), budget=None, per_parameter=False, wide=torch.float64, resolution=0.5)"
+        "ModelPlan(only=(), skip=(), budget=None, per_parameter=False, wide=torch.float64, resolution=0.5, "
+        "allow=frozenset())"
     )
     assert report["environment"]["mode"] == "eval"
     assert report["notes"] == ["inputs are random", "from the check"]

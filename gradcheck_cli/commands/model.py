@@ -101,6 +101,12 @@ Examples:
     help="Let loading CKPT run code that is in the file (a pickled module); by default such a file is refused.",
 )
 @click.option(
+    "--allow",
+    type=click.Choice(["straight-through"]),
+    multiple=True,
+    help="Convention that passes under its name although it is not the derivative; none by default.",
+)
+@click.option(
     "--resolution",
     type=click.FloatRange(min=0, min_open=True),
     default=0.5,

@@ -39,6 +39,7 @@ class ModelArguments(TypedDict):
     per_parameter: bool
     trust_checkpoint: bool
     resolution: float
+    allow: tuple[str, ...]
 
 
 def run_model(options: ModelArguments, advance: Advance) -> Report:
@@ -86,6 +87,7 @@ def _plan(options: ModelArguments) -> ModelPlan:
         per_parameter=options["per_parameter"],
         wide=torch.float32 if options["dtype"] == "float32" else torch.float64,
         resolution=options["resolution"],
+        allow=frozenset(options["allow"]),
     )
 
 
@@ -123,7 +125,7 @@ _ONE = {
     "budget": "--budget",
     "resolution": "--resolution",
 }
-_MANY = {"input_shapes": "--input-shape", "only": "--only", "skip": "--skip"}
+_MANY = {"input_shapes": "--input-shape", "only": "--only", "skip": "--skip", "allow": "--allow"}
 _FLAGS = {"train": "--train", "per_parameter": "--per-parameter", "trust_checkpoint": "--trust-checkpoint"}
 _DEFAULTS: dict[str, object] = {
     "loss": "cross-entropy",

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,6 +46,7 @@ class ModelCheck:
         self._left_out: list[str] = []
         self._parameters: ParameterCheck | None = None
         self._seconds = 0.0
+        self._explained = False
 
     def results(self) -> Iterator[CheckResult]:
         """All rows. The module has its own numbers again when this ends, however it ends."""
@@ -75,10 +76,22 @@ class ModelCheck:
         wide = self._widening.outcome
         yield from self._guarded("head", lambda: self._head(native, wide, deadline))
         yield from self._guarded("loss", lambda: self._loss(native, wide))
-        yield from self._guarded("parameters", parameters.results)
+        held: list[CheckResult] = []
+        for row in self._guarded("parameters", parameters.results):
+            if self._plan.allow and row.verdict is Verdict.FAIL:
+                held.append(row)  # until it is known whether a convention that is allowed explains it
+            else:
+                yield row
         if parameters.probed is None:
+            yield from held
             return
         wrong = parameters.failed or bool(parameters.detached)
+        if wrong:
+            searched = self._searched(parameters, deadline)
+            rest = [*searched] if self._plan.allow else []
+            wrong = not (allowed := self._allowed(rest))
+            yield from (_under_its_name(row, allowed) if allowed else row for row in (*held, *rest))
+            yield from searched
         compared = self._replica.native != self._plan.wide and self._plan.wide == torch.float64
         if compared and not wrong:
             parameters.release()
@@ -90,13 +103,25 @@ class ModelCheck:
             if check.wrong:
                 self._search = NativeSearch(self._replica, parameters.probed, check, self._advance, deadline)
                 yield from self._guarded("where", self._search.results)
-        if wrong:
-            self._search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
-            yield from self._guarded("where", self._search.results)
-            right = self._search.right_gradients()
-            rows_of = parameters.each if right is None else functools.partial(parameters.against, right)
-            if not self._plan.per_parameter and not parameters.probed.judgement.by_difference:
-                yield from self._guarded("parameters", lambda: _failing(rows_of()))
+
+    def _searched(self, parameters: ParameterCheck, deadline: float) -> Iterator[CheckResult]:
+        """The modules that are wrong, then the tensors that are wrong by them."""
+        assert parameters.probed is not None
+        self._search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
+        yield from self._guarded("where", self._search.results)
+        right = self._search.right_gradients()
+        self._explained = right is not None
+        rows_of = parameters.each if right is None else functools.partial(parameters.against, right)
+        if not self._plan.per_parameter and not parameters.probed.judgement.by_difference:
+            yield from self._guarded("parameters", lambda: _failing(rows_of()))
+
+    def _allowed(self, rows: Sequence[CheckResult]) -> str:
+        """The convention that explains everything that is wrong, where the user allows it; otherwise nothing."""
+        codes = {row.diagnosis.code for row in rows if row.group == "where" and row.diagnosis is not None}
+        if not self._explained or len(codes) != 1 or not codes <= self._plan.allow:
+            return ""
+        self._search = None
+        return codes.pop()
 
     def _head(self, native: Outcome, wide: Outcome, deadline: float) -> Iterator[CheckResult]:
         pick = self._case.loss.logits
@@ -169,6 +194,14 @@ class ModelCheck:
     def tree(self) -> ModuleNode | None:
         """The modules that were looked at, where a gradient is wrong."""
         return None if self._search is None else self._search.tree()
+
+
+def _under_its_name(row: CheckResult, code: str) -> CheckResult:
+    """A failing row that passes under the name of a convention."""
+    if row.verdict is not Verdict.FAIL:
+        return row
+    why = f" ({row.diagnosis.message})" if row.diagnosis is not None else ""
+    return replace(row, verdict=Verdict.PASS, reason=f"allowed: {code}{why}")
 
 
 def _failing(rows: Iterator[CheckResult]) -> Iterator[CheckResult]:

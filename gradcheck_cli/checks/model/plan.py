@@ -16,7 +16,8 @@ class ModelPlan:
 
     `only` and `skip` are glob patterns over parameter names ("input" and "input.NAME" name the inputs); `budget` is
     the time in seconds that the checks may take (None: as long as they need); `per_parameter` gives every tensor its
-    own probe and row; `wide` is the dtype of the twin.
+    own probe and row; `wide` is the dtype of the twin; `allow` names conventions that pass although they are not the
+    derivative.
     """
 
     only: tuple[str, ...] = ()
@@ -25,3 +26,4 @@ class ModelPlan:
     per_parameter: bool = False
     wide: torch.dtype = torch.float64
     resolution: float = DEFAULT_RESOLUTION
+    allow: frozenset[str] = frozenset()
