@@ -45,6 +45,11 @@ def place_of_caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def in_custom_backward() -> bool:
+    """Whether the autograd engine runs the backward of a Function written in Python."""
+    return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
+
+
 def _in_engine() -> bool:
     """Whether the autograd engine runs a node of its own, so that the frame outside PyTorch is its caller's."""
     node = torch._C._current_autograd_node()

@@ -27,7 +27,7 @@ from gradcheck_cli.program.kernels import (
     rounding,
     sum_length,
 )
-from gradcheck_cli.program.operators import is_view, written_tensors
+from gradcheck_cli.program.operators import in_custom_backward, is_view, written_tensors
 from gradcheck_cli.program.twin import Float64Twin
 
 SAFETY = 4.0
@@ -121,12 +121,13 @@ def rounding_played(*, unit: float, seed: int) -> Iterator[float]:
     """Every operation inside rounds at random with this unit roundoff, forward and backward, as `measured_spread` says.
 
     Yields the factor by which deviations are larger than those of the unit (units below MEASURING_UNIT would be lost
-    in float64). For runs whose results are too large to keep; the caller starts them from the same random numbers.
+    in float64). A cast to a narrower dtype in a hand-written backward is no rounding that is due. For runs whose
+    results are too large to keep; the caller starts them from the same random numbers.
     Tensors from outside that are written get their numbers back.
     """
     scale = max(1.0, MEASURING_UNIT / unit)
     noise = _Noise(seed=seed, subnormal=_subnormal(unit) if scale == 1.0 else 0.0, unit=unit * scale)
-    mode = _Perturbed(unit * scale, noise, operands=True)
+    mode = _Perturbed(unit * scale, noise, operands=True, excuse_backwards=False)
     try:
         with mode:
             yield scale
@@ -307,11 +308,12 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         """Torch would import its whole compiler (1 s) to keep it out of here, and wrap every operation."""
         return False
 
-    def __init__(self, unit: float, noise: _Noise, *, operands: bool) -> None:
+    def __init__(self, unit: float, noise: _Noise, *, operands: bool, excuse_backwards: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._unit = unit
         self._noise = noise
         self._operands = operands
+        self._excuse_backwards = excuse_backwards
         self._own: set[int] = set()  # storages made while active
         self._foreign: dict[int, tuple[Tensor, Tensor]] = {}  # those of the caller that are written, and copies
 
@@ -340,7 +342,7 @@ class _Perturbed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
                     self._foreign[storage] = (value, value.detach().clone())
 
     def _dispatched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cast = _cast_unit(func, args, kwargs)
+        cast = _cast_unit(func, args, kwargs) if self._excuse_backwards or not in_custom_backward() else 0.0
         kind = rounding(func, args)
         if cast:
             return self._rounded(func(*args, **kwargs), cast)
