@@ -52,8 +52,13 @@ class ModelCase:
     @property
     def dtype(self) -> torch.dtype:
         """The most common floating dtype of the parameters, by count of numbers."""
-        counts: dict[torch.dtype, int] = {}
-        for parameter in self.module.parameters():
-            if parameter.is_floating_point():
-                counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-        return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+        return main_dtype(self.module)
+
+
+def main_dtype(module: torch.nn.Module) -> torch.dtype:
+    """The most common floating dtype of the parameters, by count of numbers; float32 without any."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

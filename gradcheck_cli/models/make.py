@@ -4,13 +4,12 @@ import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from gradcheck_cli.devices import resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.arch import build_architecture
-from gradcheck_cli.models.case import ModelCase
+from gradcheck_cli.models.case import ModelCase, main_dtype
 from gradcheck_cli.models.inputs import model_inputs
 from gradcheck_cli.models.losses import CROSS_ENTROPY, model_loss
 from gradcheck_cli.models.rebuild import rebuild
@@ -110,15 +109,6 @@ def load_case(options: ModelOptions) -> LoadedCase:
         notes=(*checkpoint.notes, *model.notes, *inputs.notes, *chosen.notes, *_state_notes(model.module, options)),
     )
     return LoadedCase(case=case, checkpoint=checkpoint)
-
-
-def main_dtype(module: nn.Module) -> torch.dtype:
-    """The most common floating dtype of the parameters, by count of numbers; float32 without any."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def _model(checkpoint: Checkpoint, options: ModelOptions) -> _Model:

@@ -11,7 +11,7 @@ from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.function_of_model import check_function_of_model
 from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, wrong_tensors
 from gradcheck_cli.checks.model.parameters import Probed
-from gradcheck_cli.checks.model.probe import make_direction, true_slope
+from gradcheck_cli.checks.model.probe import dot, make_direction, true_slope
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.suspects import Culprit, Suspects, set_aside
 from gradcheck_cli.checks.model.watch import Call
@@ -42,7 +42,7 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
 
     def claim() -> float:
         now = by_name(run, *run.product())
-        return math.fsum(_dot(now[name], part) for name, part in direction.items())
+        return math.fsum(dot(now[name], part) for name, part in direction.items())
 
     if run.escapes:
         tensors = wrong_tensors(run, claimed, seed=replica.case.seed)
@@ -51,7 +51,7 @@ def blame_module(replica: Replica, probed: Probed, call: Call, checked: LocalChe
         if wrong:  # its forward is opaque, so that setting it aside shows nothing
             return told(wrong[:1], tensors, claimed, {}, replica=replica, inner=inner)
         return _escaped(run.escapes, tensors)
-    bound = LOCAL_SHARE * (math.fsum(abs(_dot(claimed[name], part)) for name, part in direction.items()) + abs(true))
+    bound = LOCAL_SHARE * (math.fsum(abs(dot(claimed[name], part)) for name, part in direction.items()) + abs(true))
     suspects = Suspects(claim, true=true, bound=bound, modules=list(call.module.modules()))
     culprits = suspects.culprits()
     tensors = wrong_tensors(run, claimed, seed=replica.case.seed)
@@ -80,7 +80,7 @@ def _whole_suspects(replica: Replica, probed: Probed, modules: Sequence[torch.nn
 
     def claim() -> float:
         _, gradients = replica.gradients()
-        return math.fsum(_dot(g, part) for g, part in zip(gradients, direction.parts, strict=True))
+        return math.fsum(dot(g, part) for g, part in zip(gradients, direction.parts, strict=True))
 
     true = true_slope(replica, direction.parts).value
     suspects = Suspects(claim, true=true, bound=probed.tolerance, modules=modules)
@@ -186,10 +186,6 @@ def _direction(run: LocalRun, claimed: Mapping[str, Tensor | None], *, seed: int
     points = run.points()
     direction = make_direction(run.leaves(), [claimed.get(name) for name in points], seed=seed)
     return dict(zip(points, direction.parts, strict=True))
-
-
-def _dot(gradient: Tensor | None, part: Tensor) -> float:
-    return 0.0 if gradient is None else float((gradient * part).sum())
 
 
 def _differing(

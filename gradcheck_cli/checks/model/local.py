@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradcheck_cli.checks.model.probe import ERROR_SAFETY, make_direction
+from gradcheck_cli.checks.model.probe import ERROR_SAFETY, dot, make_direction
 from gradcheck_cli.checks.model.replica import Leaf, Replica, padding_rows
 from gradcheck_cli.checks.model.watch import Call
 from gradcheck_cli.derivatives.finite_difference import step_ladder
@@ -222,7 +222,7 @@ def _compared(
     direction = make_direction(run.leaves(), [in_model.get(name) for name in points], seed=seed)
     parts = dict(zip(points, direction.parts, strict=True))
     true = run.true_product(parts)
-    claims = [_dot(alone.get(name), part) for name, part in parts.items()]
+    claims = [dot(alone.get(name), part) for name, part in parts.items()]
     scale = math.fsum([abs(c) for c in (*claims, *direction.claims)]) / 2 + abs(true)
     return LocalCheck(
         in_model=direction.claimed,
@@ -233,10 +233,6 @@ def _compared(
         scale=scale,
         by_difference=run.slack > 0,
     )
-
-
-def _dot(gradient: Tensor | None, part: Tensor) -> float:
-    return 0.0 if gradient is None else float((gradient * part).sum())
 
 
 def wrong_tensors(

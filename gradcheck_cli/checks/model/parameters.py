@@ -13,6 +13,7 @@ from torch import Tensor
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.judge import Judgement, judge
+from gradcheck_cli.checks.model.missing import MissingGradients
 from gradcheck_cli.checks.model.narrow import NarrowRun, run_narrowly
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.played import Played
@@ -44,8 +45,6 @@ _NOISE_SHARE = 2.0**-42
 """… and by this share of the median tensor's: a gradient that is zero but for rounding."""
 _LARGER = 2.0**10
 """How much larger than the wide dtype's own a rounding is played, to stand out from it."""
-_SINGLY = 8
-"""Tensors without a gradient up to which each is looked at on its own."""
 _LEVELS = (4, 10)
 """Levels of the finite difference for a large model and for a small one."""
 _TANGENTS_COST = 3.0
@@ -214,7 +213,7 @@ class ParameterCheck:
         def claim() -> float:
             _, gradients = self._replica.gradients()
             pairs = zip(gradients, direction.parts, strict=True)
-            return math.fsum(0.0 if g is None else dot(g, part) for g, part in pairs)
+            return math.fsum(dot(g, part) for g, part in pairs)
 
         modules = list(self._replica.case.module.modules())
         other = Suspects(claim, true=probed.truth.value, bound=probed.tolerance, modules=modules).without_any()
@@ -260,11 +259,9 @@ class ParameterCheck:
         played = Played(unit=unit * _LARGER, seed=self._replica.case.seed + 1)
         with self._replica.inside(played):
             _, moved = self._replica.gradients()
-        total = 0.0
-        for g, other, part in zip(gradients, moved, direction.parts, strict=True):
-            if g is not None and other is not None:
-                total += float(((other - g) * part).sum()) ** 2
-        return math.sqrt(total) / (_LARGER * played.scale)
+        pairs = zip(gradients, moved, direction.parts, strict=True)
+        gaps = [dot(other - g, part) for g, other, part in pairs if g is not None and other is not None]
+        return math.hypot(*gaps) / (_LARGER * played.scale)
 
     def release(self) -> None:
         """Give back the memory of the direction."""
@@ -318,63 +315,15 @@ class ParameterCheck:
         return Diagnosis(code="partial-gradient", message=text, detail={"place": escapes[0].place})
 
     def _missing(self, probed: Probed) -> Iterator[CheckResult]:
-        """Tensors for which autograd gives nothing: never used, or used on a path that autograd does not see."""
+        """Tensors for which autograd gives nothing; where tangents were lost, nothing can be said of them."""
+        found = probed.judgement
         without = [c and (g is None or _is_zero(g)) for g, c in zip(probed.gradients, self.chosen, strict=True)]
-        if not any(without):
+        places = [place for place, w in enumerate(without) if w]
+        if not places or (found.by_difference and found.verdict is Verdict.FAIL):
             return
-        names = [leaf.name for leaf, w in zip(self._replica.leaves, without, strict=True) if w]
-        if len(names) > _SINGLY:
-            yield from self._missing_together(probed, without, names)
-            return
-        self.detached = tuple(self._with_influence(probed, without))
-        self.unused = tuple(name for name in names if name not in self.detached)
-        for name in self.detached:
-            text = "the loss depends on it, but autograd gives it no gradient: its path is detached"
-            yield self._labels.row(
-                name, check="gradient", method="reverse mode", reference="true tangents", verdict=Verdict.FAIL,
-                diagnosis=Diagnosis(code="zero-gradient", message=text),
-            )  # fmt: skip
-        if self.unused:
-            yield self._unused_row()
-
-    def _missing_together(self, probed: Probed, without: Sequence[bool], names: Sequence[str]) -> Iterator[CheckResult]:
-        """Many tensors without a gradient: one probe for all of them."""
-        kept = [part if w else None for part, w in zip(probed.direction.parts, without, strict=True)]
-        if true_slope(self._replica, kept).value == 0.0:
-            self.unused = tuple(names)
-            yield self._unused_row()
-            return
-        self.detached = tuple(names)
-        text = f"the loss depends on some of these {len(names)} tensors, but autograd gives them no gradient: "
-        text += "their path is detached"
-        yield self._labels.row(
-            some_of(names), check="gradient", method="reverse mode", reference="true tangents", verdict=Verdict.FAIL,
-            diagnosis=Diagnosis(code="zero-gradient", message=text, detail={"tensors": float(len(names))}),
-        )  # fmt: skip
-
-    def _unused_row(self) -> CheckResult:
-        return self._labels.row(
-            some_of(self.unused), check="use", method="true tangents", verdict=Verdict.PASS,
-            reason="no influence on the loss at these inputs (unused, dead, or exactly zero), so no gradient is due",
-        )  # fmt: skip
-
-    def _with_influence(self, probed: Probed, without: Sequence[bool]) -> Iterator[str]:
-        leaves, parts = self._replica.leaves, probed.direction.parts
-
-        def influence(places: Sequence[int]) -> bool:
-            kept = [part if n in places else None for n, part in enumerate(parts)]
-            return true_slope(self._replica, kept).value != 0.0
-
-        groups = [[n for n, w in enumerate(without) if w]]
-        while groups:
-            group = groups.pop(0)
-            if not influence(group):
-                continue
-            if len(group) == 1:
-                yield leaves[group[0]].name
-                continue
-            half = len(group) // 2
-            groups[:0] = [group[:half], group[half:]]
+        missing = MissingGradients(self._replica, probed.direction, self._labels, places)
+        yield from missing.results(is_right=found.verdict is not Verdict.FAIL)
+        self.unused, self.detached = missing.unused, missing.detached
 
     def against(self, right: Sequence[Tensor | None]) -> Iterator[CheckResult]:
         """One row for every tensor whose gradient is not this right one."""

@@ -85,7 +85,7 @@ def make_direction(
         length = min(1 / norm, FARTHEST * middle * size) if norm > 0 else middle * size
         part.mul_(length)
         parts.append(part)
-        claims.append(0.0 if g is None else dot(g, part))
+        claims.append(dot(g, part))
         reach = max(reach, math.sqrt(2) * length / size)
     return Direction(parts=parts, claims=claims, reach=reach or 1.0)
 
@@ -111,8 +111,10 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) if tensor.numel() else 0.0
 
 
-def dot(left: Tensor, right: Tensor) -> float:
-    """⟨a, b⟩ without a temporary of their size."""
+def dot(left: Tensor | None, right: Tensor) -> float:
+    """⟨a, b⟩ without a temporary of their size; zero where autograd gave nothing."""
+    if left is None:
+        return 0.0
     return float(torch.dot(left.reshape(-1), right.reshape(-1)))
 
 
