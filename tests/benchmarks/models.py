@@ -81,7 +81,7 @@ def correct_tasks(options: argparse.Namespace, *, kinked: bool) -> Iterator[Task
 
 def run_task(task: Task) -> Outcome:
     """In a worker process."""
-    started = time.perf_counter()
+    started = time.process_time()
     settings: dict[str, Any] = {"dtype": getattr(torch, task.dtype), "train": MODES[task.mode], "seed": task.seed}
     try:
         if task.table == "faults":
@@ -91,7 +91,7 @@ def run_task(task: Task) -> Outcome:
     except Exception as problem:  # noqa: BLE001 - a crash is a finding, not the end of the run
         kind = "refused" if isinstance(problem, SoftcheckError) else "crash"
         counted, lines = [kind], [f"{kind}: {type(problem).__name__}: {problem}"[:400]]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return Outcome(task=task, counted=tuple(counted), lines=tuple(lines), seconds=seconds)
 
 
@@ -157,8 +157,9 @@ def show(table: str, outcomes: Sequence[Outcome]) -> None:
     print(f"\n{table:16s}" + "".join(f"{column:>14s}" for column in columns))
     for (dtype, mode), row in counts.items():
         print(f"{dtype:10s}{mode:6s}" + "".join(f"{row[column]:14d}" for column in columns))
-    seconds = sorted(one.seconds for one in outcomes)
-    print(f"seconds a run: median {seconds[len(seconds) // 2]:.2f}, largest {seconds[-1]:.1f}")
+    slow = sorted(outcomes, key=lambda one: -one.seconds)
+    named = ", ".join(f"{one.seconds:.1f} ({one.task.name}, {one.task.dtype}, {one.task.mode})" for one in slow[:3])
+    print(f"processor seconds a run: median {slow[len(slow) // 2].seconds:.2f}, largest {named}")
     for one in sorted(outcomes, key=lambda one: (one.task.name, one.task.dtype, one.task.mode, one.task.seed)):
         if one.lines:
             seed = f", seed {one.task.seed}" if table != "faults" else ""

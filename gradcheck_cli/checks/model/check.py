@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,7 +86,9 @@ class ModelCheck:
             yield from held
             return
         wrong = parameters.failed or bool(parameters.detached)
-        if wrong:
+        if parameters.probed.at_kinks:
+            wrong = yield from self._at_kinks(parameters, deadline)
+        elif wrong:
             searched = self._searched(parameters, deadline)
             rest = [*searched] if self._plan.allow else []
             wrong = not (allowed := self._allowed(rest))
@@ -114,6 +116,17 @@ class ModelCheck:
         rows_of = parameters.each if right is None else functools.partial(parameters.against, right)
         if not self._plan.per_parameter and not parameters.probed.judgement.by_difference:
             yield from self._guarded("parameters", lambda: _failing(rows_of()))
+
+    def _at_kinks(self, parameters: ParameterCheck, deadline: float) -> Generator[CheckResult, None, bool]:
+        """At kinks any slope between the sides is right: only a Function that gives another one is accused."""
+        assert parameters.probed is not None
+        search = ModuleSearch(self._replica, parameters.probed, self._advance, deadline)
+        rows = list(self._guarded("where", search.results))
+        if not search.convicted_at_kinks():
+            return False
+        self._search = search
+        yield from rows
+        return True
 
     def _allowed(self, rows: Sequence[CheckResult]) -> str:
         """The convention that explains everything that is wrong, where the user allows it; otherwise nothing."""

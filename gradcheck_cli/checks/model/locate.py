@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.model.blame import Blame, blame_module, blame_whole
+from gradcheck_cli.checks.model.kinks import is_outside_slopes
 from gradcheck_cli.checks.model.local import LocalCheck, check_call
 from gradcheck_cli.checks.model.parameters import Probed
 from gradcheck_cli.checks.model.replica import Replica
@@ -178,6 +179,12 @@ class ModuleSearch:
             return error, found.bound, math.fsum(abs(c) for c in self._probed.direction.claims)
         worst = max((checked for _, checked in looked.wrong), key=lambda one: one.error / (one.bound or 1.0))
         return worst.error, worst.bound, worst.scale
+
+    def convicted_at_kinks(self) -> bool:
+        """Whether the culprit is a custom Function that gives what no choice of slopes at a kink could give."""
+        functions = [one for one in (self._blame.culprits if self._blame else ()) if one.function is not None]
+        seed = self._replica.case.seed
+        return any(is_outside_slopes(one.function, one.arguments, seed=seed) for one in functions)
 
     def right_gradients(self) -> list[Tensor | None] | None:
         """The model's gradient with the culprits set aside, where it is the true one along the probe's direction."""

@@ -186,7 +186,10 @@ class ParameterCheck:
             self.narrow = narrow
         except (SoftcheckError, NotImplementedError):
             return
-        if other.judgement.verdict is not Verdict.PASS or other.judgement.difference is Verdict.INCONCLUSIVE:
+        beside = other.judgement
+        if beside.verdict is not Verdict.PASS or beside.difference is Verdict.INCONCLUSIVE:
+            return
+        if found.by_difference and beside.difference is not Verdict.PASS:  # nothing else sees what was lost
             return
         probed.at_kinks = found.verdict is Verdict.FAIL
         reason = "right beside this point; here the model has kinks (exact zeros or ties), where any slope is accepted"

@@ -153,8 +153,10 @@ def _copy(leaf: object) -> object:
     return leaf.detach().clone(memory_format=torch.preserve_format) if isinstance(leaf, Tensor) else leaf
 
 
-def _storing(store: dict[int, Tensor], place: int) -> Callable[[Tensor], None]:
-    def keep(gradient: Tensor) -> None:
+def _storing(store: dict[int, Tensor], place: int) -> Callable[[Tensor | None], None]:
+    def keep(gradient: Tensor | None) -> None:
+        if gradient is None:  # a custom backward that gives nothing
+            return
         store[place] = store[place] + gradient if place in store else gradient.detach().clone()
 
     return keep
