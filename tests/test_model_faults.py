@@ -47,7 +47,7 @@ def parameters() -> Iterator[object]:
         yield pytest.param(run, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("run", parameters())
+@pytest.mark.parametrize("run", [*parameters()])
 def test_a_fault_is_caught_in_its_module_under_its_name(run: Run) -> None:
     fault, dtype, train = run
     found = check_model(fault_case(fault, dtype=dtype, train=train))
