@@ -20,6 +20,7 @@ from gradcheck_cli.program.twin import Downcast, Float64Twin, observe, wide_ever
 Scope = Callable[[], AbstractContextManager[object]]
 LARGE = 1 << 24
 """Numbers in all leaves from which a model is large."""
+_OTHER_SEED = 104_395_301
 _SMALL = 1 << 20
 """Buffers up to this size are put back after every run; larger ones where torch knows that they were written."""
 
@@ -148,10 +149,14 @@ class Replica:
         return Outcome(loss=loss.reshape(()), output=output)
 
     @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        """What every run, forward or backward, stands in: random numbers, scope, attention's kernel, user's errors."""
+    def around(self, *, backward: bool = False) -> Iterator[None]:
+        """What every run, forward or backward, stands in: random numbers, scope, attention's kernel, user's errors.
+
+        A backward starts from other random numbers than the forward: one that draws its mask anew must not hit on it.
+        """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(seeded(self.case.seed, self.case.device))
+            seed = self.case.seed + _OTHER_SEED if backward else self.case.seed
+            stack.enter_context(seeded(seed, self.case.device))
             stack.enter_context(self._code.running())
             stack.enter_context(self.scope())
             if self.dtype is not None:  # the fused kernels have no forward mode and no double backward
@@ -165,7 +170,7 @@ class Replica:
         if not outcome.loss.requires_grad:
             return outcome, [None for _ in self.leaves]
         try:
-            with self.around():
+            with self.around(backward=True):
                 outcome.loss.backward()  # type: ignore[no-untyped-call]  # in torch
             found = [_dense(leaf.tensor.grad) for leaf in self.leaves]
         finally:
