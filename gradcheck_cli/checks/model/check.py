@@ -58,9 +58,14 @@ class ModelCheck:
         if self._case.device.type == "mps" and self._plan.wide == torch.float64:
             raise SoftcheckError("mps has no float64", hint="use --device cpu, or --dtype float32 with its wider bar")
         try:
-            yield from self._guarded("checkpoint", lambda: survey(self._case, self._tensors))
-            with torch.no_grad():
-                native = self._replica.run(graph=False)
+            broken = False
+            for row in self._guarded("checkpoint", lambda: survey(self._case, self._tensors)):
+                broken = broken or row.verdict is Verdict.FAIL
+                yield row
+            native = self._replica.run(graph=False)
+            if broken and not math.isfinite(float(native.loss)):
+                yield self._nothing_finite(native)
+                return
             with self._replica.in_dtype(self._plan.wide):
                 self._advance(0, 0, f"the model in {_name(self._plan.wide)}")
                 self._widening = self._replica.widen()
@@ -135,6 +140,12 @@ class ModelCheck:
             return ""
         self._search = None
         return codes.pop()
+
+    def _nothing_finite(self, native: Outcome) -> CheckResult:
+        """One row instead of an error in every group."""
+        labels = Labels(group="parameters", device=str(self._case.device), dtype=self._replica.native)
+        reason = f"not run: with numbers in the checkpoint that are not finite the loss is {float(native.loss)}"
+        return labels.row("every gradient", check="gradient", method="", verdict=Verdict.ERROR, reason=reason)
 
     def _head(self, native: Outcome, wide: Outcome, deadline: float) -> Iterator[CheckResult]:
         pick = self._case.loss.logits
