@@ -1,6 +1,7 @@
 """Facts about PyTorch's operators, and where in the user's code one was called."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,31 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     pairs = [*zip(schema.values(), args, strict=False), *((schema[name], value) for name, value in kwargs.items())]
     targets = [value for argument, value in pairs if argument.alias_info is not None and argument.alias_info.is_write]
     return tensors_in(targets)
+
+
+def map_arguments(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operator's arguments, each passed through `replaced` with its name and whether it is written."""
+    schema = {argument.name: argument for argument in func._schema.arguments}
+
+    def one(argument: Any, value: Any) -> Any:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        return pytree.tree_map(lambda leaf: replaced(leaf, written=written, name=argument.name), value)
+
+    positional = tuple(one(argument, value) for argument, value in zip(schema.values(), args, strict=False))
+    return positional, {name: one(schema[name], value) for name, value in kwargs.items()}
+
+
+def without_out(func: Any) -> Any | None:
+    """The overload that returns what this one writes into its `out` arguments; None where torch has none."""
+    wanted = [(one.name, str(one.type)) for one in func._schema.arguments if not one.is_out]
+    for name in func._overloadpacket.overloads():
+        other = getattr(func._overloadpacket, name)
+        own = [(one.name, str(one.type)) for one in other._schema.arguments]
+        if own == wanted and not other._schema.is_mutable:
+            return other
+    return None
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -15,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions
 from gradcheck_cli.program.operator_slopes import operator_tangents
-from gradcheck_cli.program.operators import is_view, place_of_caller, tensors_in, written_tensors
+from gradcheck_cli.program.operators import (
+    is_view,
+    map_arguments,
+    place_of_caller,
+    tensors_in,
+    without_out,
+    written_tensors,
+)
 from gradcheck_cli.program.random_state import RandomState
 
 _PURGE_EVERY = 256
@@ -177,26 +184,49 @@ class _Call:
         return value.detach() if isinstance(value, Tensor) and id(value) not in self._written else value
 
     def _by_forward_mode(self, make: Any) -> Any:
-        duals: dict[int, Tensor] = {}
+        if any(argument.is_out for argument in self._func._schema.arguments):
+            return self._written_out(make)
+        duals: dict[tuple[int, bool], Tensor] = {}
 
-        def dual(value: Any) -> Any:
-            if not isinstance(value, Tensor) or (id(value) not in self._moving and id(value) not in self._written):
+        def dual(value: Any, *, written: bool, name: str) -> Any:  # noqa: ARG001  # the signature of a mapping
+            if not isinstance(value, Tensor) or not (written or id(value) in self._moving):
                 return value
-            if id(value) not in duals:
-                duals[id(value)] = self._dual(value, make)
-            return duals[id(value)]
+            key = (id(value), written)  # one that is read beside being written keeps its numbers
+            if key not in duals:
+                duals[key] = self._dual(value, make, written=written)
+            return duals[key]
 
         with forward_ad.dual_level():
-            raw = self._func(*pytree.tree_map(dual, self._args), **pytree.tree_map(dual, self._kwargs))
-            back = {id(duals[key]): value for key, value in self._written.items()}
+            args, kwargs = map_arguments(self._func, self._args, self._kwargs, dual)
+            raw = self._func(*args, **kwargs)
+            back = {id(duals[key, True]): value for key, value in self._written.items()}
             for key, value in self._written.items():
-                self._write(value, duals[key])
+                self._write(value, duals[key, True])
             return pytree.tree_map(lambda one: self._returned(one, back), raw)
 
-    def _dual(self, value: Tensor, make: Any) -> Tensor:
+    def _written_out(self, make: Any) -> Any:
+        """An operator with `out=`, which has no forward mode: what it would have returned is written there."""
+        names = [argument.name for argument in self._func._schema.arguments if argument.is_out]
+        other = without_out(self._func)
+        if other is None:
+            raise NotImplementedError(f"{self._func} has no forward mode")
+        outs = [self._kwargs[name] for name in names]
+
+        def dual(value: Any) -> Any:
+            moves = isinstance(value, Tensor) and id(value) in self._moving
+            return self._dual(value, make, written=False) if moves else value
+
+        with forward_ad.dual_level():
+            rest = {name: value for name, value in self._kwargs.items() if name not in names}
+            raw = other(*pytree.tree_map(dual, self._args), **pytree.tree_map(dual, rest))
+            for out, one in zip(outs, tensors_in(raw), strict=True):
+                self._write(out, one)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def _dual(self, value: Tensor, make: Any, *, written: bool) -> Tensor:
         """The value with its tangent; of one that is written, copies."""
         tangent, plain = self._moving.get(id(value)), value.detach()
-        if id(value) in self._written:
+        if written:
             plain = plain.clone(memory_format=torch.preserve_format)
             tangent = None if tangent is None else tangent.clone(memory_format=torch.preserve_format)
         made: Tensor = plain if tangent is None else make(plain, tangent)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcheck_cli.program.operators import is_view, place_of_caller
+from gradcheck_cli.program.operators import is_view, map_arguments, place_of_caller
 
 _DISCRETE = frozenset(["bernoulli", "poisson", "binomial"])
 
@@ -69,7 +69,7 @@ class Float64Twin(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             return self._draw(func, args, kwargs)
         if is_view(func):
             return func(*args, **kwargs)
-        args, kwargs = _arguments(func, args, kwargs, self._replaced)
+        args, kwargs = map_arguments(func, args, kwargs, self._replaced)
         with _default_dtype(torch.float64):
             result = func(*args, **kwargs)
         return result if func._schema.is_mutable else pytree.tree_map(_widened, result)
@@ -253,20 +253,6 @@ def _bits(dtype: torch.dtype) -> float:
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0
     return -torch.finfo(dtype).eps + 8 * dtype.itemsize / (2 if dtype.is_complex else 1)
-
-
-def _arguments(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: Callable[..., Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The operator's arguments, each passed through `replaced` with its name and whether it is written."""
-    schema = {argument.name: argument for argument in func._schema.arguments}
-
-    def one(argument: Any, value: Any) -> Any:
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        return pytree.tree_map(lambda leaf: replaced(leaf, written=written, name=argument.name), value)
-
-    positional = tuple(one(argument, value) for argument, value in zip(schema.values(), args, strict=False))
-    return positional, {name: one(schema[name], value) for name, value in kwargs.items()}
 
 
 def _widened(value: Any) -> Any:

@@ -20,7 +20,7 @@ NOISE_SAFETY = 16.0
 LEAST_ULPS = 64.0
 ERROR_SAFETY = 16.0
 """Multiple of a differenced tangent's relative error bar that is allowed for in what it contributes to."""
-_BLOCK = 1_048_573
+_BLOCK = 65_537
 """Random numbers drawn for a tensor; a larger one repeats them (a prime number: rows do not get the same ones)."""
 NEARBY = 2.0**-10
 """Share of its size by which a tensor moves for the second look: past kinks that are at the point itself."""
