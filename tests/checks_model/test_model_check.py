@@ -40,6 +40,11 @@ class ScaledGradient(torch.autograd.Function):
         return ctx.factor * grad_outputs[0], None
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    found: Tensor = ScaledGradient.apply(x, factor)  # type: ignore[no-untyped-call]  # torch's own
+    return found
+
+
 class Net(nn.Module):
     """Two layers with batch normalisation; the gradient of the parameter called `wrong` is scaled by `factor`."""
 
@@ -52,7 +57,7 @@ class Net(nn.Module):
 
     def weight(self, name: str) -> Tensor:
         found = self.get_parameter(name)
-        return ScaledGradient.apply(found, self.factor) if name == self.wrong else found
+        return scaled(found, self.factor) if name == self.wrong else found
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.weight("first.weight"), self.weight("first.bias"))
@@ -148,7 +153,7 @@ def test_the_bound_of_the_stored_dtype_is_near_its_rounding() -> None:
 
 def halved_in_float32(x: Tensor) -> Tensor:
     """Right in float64; in float32 the gradient is a half too large."""
-    return ScaledGradient.apply(x, 1.5 if x.dtype == torch.float32 else 1.0)  # type: ignore[no-any-return]
+    return scaled(x, 1.5 if x.dtype == torch.float32 else 1.0)
 
 
 def test_a_fault_of_the_stored_dtype_alone_is_found_beside_the_twin() -> None:
@@ -172,7 +177,7 @@ class Spare(Wrapped):
         self.linear.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x * self.detached.detach())  # type: ignore[no-any-return]
+        return super().forward(x * self.detached.detach())
 
 
 def test_parameters_without_a_gradient_are_unused_or_detached() -> None:
@@ -285,9 +290,13 @@ def test_a_loss_of_the_user_and_a_model_without_logits() -> None:
 
 
 def test_inputs_by_name_are_leaves_and_integers_are_not() -> None:
-    class Two(Wrapped):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Wrapped()
+
         def forward(self, x: Tensor, *, scale: Tensor, rows: Tensor) -> Tensor:
-            return super().forward(x[rows] * scale)  # type: ignore[no-any-return]
+            return self.inner(x[rows] * scale)  # type: ignore[no-any-return]
 
     kwargs = {"scale": normal(3, 1), "rows": torch.tensor([0, 2, 4])}
     case = make_model_case(Two(), (normal(5, WIDTH),), kwargs, dtype=torch.float64)
@@ -335,6 +344,9 @@ def assert_same(before: Any, after: Any) -> None:
 class Trained(Net):
     """With everything that can be disturbed: tied weights, hooks, gradients that are there, buffers of all kinds."""
 
+    calls: Tensor
+    scale: Tensor
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.tied = nn.Linear(8, CLASSES)
@@ -353,7 +365,8 @@ class Trained(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.scale = self.scale * 1.25  # another tensor in its place
-        return super().forward(F.dropout(x, 0.1, self.training)) + self.tied(torch.zeros(len(x), 8, dtype=x.dtype))
+        zero: Tensor = self.tied(torch.zeros(len(x), 8, dtype=x.dtype))
+        return super().forward(F.dropout(x, 0.1, self.training)) + zero
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -197,13 +197,15 @@ def _saved_gradients(parameters: Mapping[str, Tensor]) -> Iterator[None]:
 def check_call(
     replica: Replica, call: Call, totals: Mapping[int, Tensor], *, seed: int, shared: frozenset[int] = frozenset()
 ) -> LocalCheck | None:
-    """The call's claim in the model and alone against the truth; None where no upstream gradient arrived.
+    """The call's claim in the model and alone against the truth; None where no finite upstream gradient arrived.
 
     `totals` are the model's gradients by parameter (its id); those in `shared` are used by other calls too, so that
     only the module alone can say what this call gave them.
     """
     run = LocalRun(replica, call)
     if not any(bool(w.any()) for w in call.upstream.values()):
+        return None
+    if not all(bool(torch.isfinite(w).all()) for w in call.upstream.values()):
         return None
     alone_inputs, alone_parameters = run.product()
     names = {f"input {run.label(place)}": place for place in call.differentiable}

@@ -135,7 +135,7 @@ class Watch:
         for place in call.outputs:
             cut = not leaves[place].requires_grad  # the module detached it: what would have arrived is still asked for
             own = leaves[place].detach().requires_grad_() if cut else leaves[place]
-            alias = own.view_as(own)
+            alias = own.clone() if cut else own.view_as(own)  # no view of a leaf: code behind it may overwrite it
             alias.register_hook(_storing(call.upstream, place))
             leaves[place] = alias
         return pytree.tree_unflatten(leaves, structure)
