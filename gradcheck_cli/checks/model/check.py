@@ -207,7 +207,7 @@ class ModelCheck:
                 f"parameters took {probe / unit:.1f} of these, the whole check {self._seconds / unit:.1f}"
             )
         if self._left_out:
-            found.append(f"the time ({self._plan.budget:g} s) was over before: {', '.join(self._left_out)}")
+            found.append(f"left out: {', '.join(self._left_out)}")
         if self._search is not None and self._search.functions:
             listed = [
                 f"{one.name}{_at(f'{one.file}:{one.line}' if one.file else '')}" for one in self._search.functions

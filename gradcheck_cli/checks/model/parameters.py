@@ -45,6 +45,8 @@ _NOISE_SHARE = 2.0**-42
 """… and by this share of the median tensor's: a gradient that is zero but for rounding."""
 _LARGER = 2.0**10
 """How much larger than the wide dtype's own a rounding is played, to stand out from it."""
+_MOST_WRONG = 8
+"""Wrong tensors after which no more are looked for one by one."""
 _LEVELS = (4, 10)
 """Levels of the finite difference for a large model and for a small one."""
 _TANGENTS_COST = 3.0
@@ -153,7 +155,7 @@ class ParameterCheck:
         levels = self._levels(forward)
         slope = difference(replica, direction, loss=float(outcome.loss), levels=levels) if levels >= 3 else None
         if slope is None:
-            self.left_out.append("finite differences of the loss")
+            self.left_out.append("finite differences of the loss (the time was over)")
         self._advance(3, 4, "rounding of the gradient")
         tolerance = self._tolerance(gradients, direction)
         tolerance += ERROR_SAFETY * truth.error * math.fsum(abs(claim) for claim in direction.claims)
@@ -354,11 +356,11 @@ class ParameterCheck:
             )
 
     def each(self) -> Iterator[CheckResult]:
-        """One probe a tensor."""
+        """One probe a tensor; of the wrong ones a few, if not all were asked for."""
         probed = self.probed
         assert probed is not None
         places = [n for n, c in enumerate(self.chosen) if c]
-        left = []
+        left, wrong = [], 0
         for done, place in enumerate(places):
             leaf = self._replica.leaves[place]
             if time.perf_counter() > self._deadline:
@@ -366,10 +368,14 @@ class ParameterCheck:
                 continue
             self._advance(done, len(places), leaf.name)
             row = self._single(probed, place)
+            wrong += row.verdict is Verdict.FAIL
+            if not self._plan.per_parameter and wrong > _MOST_WRONG:
+                self.left_out.append(f"the other {len(places) - done} tensors, after {_MOST_WRONG} wrong ones")
+                return
             if self._plan.per_parameter or row.verdict is Verdict.FAIL:
                 yield row
         if left:
-            self.left_out.append(f"own probes of {len(left)} tensors")
+            self.left_out.append(f"own probes of {len(left)} tensors (the time was over)")
             yield self._labels.row(
                 some_of(left), check="gradient", method="reverse mode", verdict=Verdict.SKIPPED,
                 reason=f"the time was over before {len(left)} tensors had a probe of their own; the joint one has them",

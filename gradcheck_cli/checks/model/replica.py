@@ -56,12 +56,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """A buffer or a frozen parameter: where it is held and the numbers that it has before every run."""
+    """A buffer or a frozen parameter: where it is held, the numbers before every run, and the memory it came with."""
 
     module: torch.nn.Module
     name: str
     tensor: Tensor
     stored: Tensor
+    memory: Tensor
 
 
 class Replica:
@@ -130,7 +131,9 @@ class Replica:
         self._base = [leaf.stored for leaf in self.leaves]
         self._exchange(None)
         for one in self._kept:
-            one.tensor.data = one.stored
+            with torch.no_grad():
+                one.memory.copy_(one.stored)
+            one.tensor.data = one.memory
         for tensor, gradient in self._gradients:
             tensor.grad = gradient
 
@@ -304,10 +307,12 @@ def _kept(module: torch.nn.Module) -> list[_Kept]:
     found: dict[int, _Kept] = {}
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            found.setdefault(id(buffer), _Kept(module=owner, name=name, tensor=buffer, stored=buffer.detach().clone()))
+            own = buffer.detach()
+            found.setdefault(id(buffer), _Kept(module=owner, name=name, tensor=buffer, stored=own.clone(), memory=own))
         for name, p in owner.named_parameters(recurse=False):
             if not (p.requires_grad and p.is_floating_point()):
-                found.setdefault(id(p), _Kept(module=owner, name=name, tensor=p, stored=p.detach()))
+                own = p.detach()
+                found.setdefault(id(p), _Kept(module=owner, name=name, tensor=p, stored=own, memory=own))
     return list(found.values())
 
 
