@@ -314,7 +314,7 @@ def state(module: nn.Module) -> dict[str, Any]:
     tensors = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
     return {
         "identity": {name: id(one) for name, one in tensors.items()},
-        "memory": {name: one.data_ptr() for name, one in module.named_parameters()},
+        "memory": {name: one.data_ptr() for name, one in tensors.items()},
         "dtype": {name: one.dtype for name, one in tensors.items()},
         "numbers": {name: one.detach().clone() for name, one in tensors.items()},
         "needs": {name: one.requires_grad for name, one in tensors.items()},
