@@ -1,4 +1,4 @@
-"""Models whose every gradient is right: `softcheck model` accuses none, and leaves none of them undecided."""
+"""Models whose every gradient is right: `softcheck model` accuses none, and leaves none undecided without need."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,11 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gradcheck_cli.results import CheckResult, Verdict
 from tests.model_zoo.base import CorrectModel
 from tests.model_zoo.checking import check_model, correct_case, told
 from tests.model_zoo.correct import CORRECT_MODELS
 
 KINKED_SEEDS = 20
+HIDDEN = "rounding hides more than"
+"""Why the stored dtype's gradient may stay undecided in bfloat16: batch norm over four images, relus that flip."""
 Run = tuple[CorrectModel, torch.dtype, bool]
 
 
@@ -38,7 +41,12 @@ def accused(run: Run, *, seed: int = 0) -> list[str]:
         pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # a reentrant checkpoint's
-        return [told(row) for row in check_model(correct_case(model, dtype=dtype, train=train, seed=seed)).accused]
+        rows = check_model(correct_case(model, dtype=dtype, train=train, seed=seed)).accused
+    return [told(row) for row in rows if not (dtype == torch.bfloat16 and _is_hidden(row))]
+
+
+def _is_hidden(row: CheckResult) -> bool:
+    return row.verdict is Verdict.INCONCLUSIVE and row.reference == "float64 twin" and HIDDEN in (row.reason or "")
 
 
 @pytest.mark.parametrize("run", runs())
