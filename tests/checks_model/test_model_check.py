@@ -165,6 +165,35 @@ def test_a_fault_of_the_stored_dtype_alone_is_found_beside_the_twin() -> None:
     assert not check_model(case_of(Wrapped(halved_in_float32), dtype=torch.float64)).accused
 
 
+class Attention(nn.Module):
+    """One head over many tokens. A bias of the keys changes nothing: its gradient is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+            nn.init.normal_(self.value.bias, std=5)  # what a row of the softmax rounds off as a whole meets these
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(-1, -2) / 32**0.5
+        found: Tensor = scores.softmax(-1) @ self.value(x)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [
+        (torch.float32, 16),
+        (torch.float32, 256),
+        (torch.bfloat16, 256),
+    ],
+)
+def test_a_gradient_of_nothing_but_rounding_is_not_accused(dtype: torch.dtype, tokens: int) -> None:
+    found = check_model(make_model_case(Attention(), (normal(4, tokens, 32),), dtype=dtype))
+    assert not [row for row in found.accused if row.verdict is not Verdict.INCONCLUSIVE]
+
+
 # ---- rows of the parameters ----------------------------------------------------------------------------------------
 
 

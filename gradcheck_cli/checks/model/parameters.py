@@ -45,6 +45,8 @@ _NOISE_SHARE = 2.0**-42
 """… and by this share of the median tensor's: a gradient that is zero but for rounding."""
 _LARGER = 2.0**10
 """How much larger than the wide dtype's own a rounding is played, to stand out from it."""
+_BESIDE = 3
+"""Points beside the given one at which a gradient may turn out to be right."""
 _MOST_WRONG = 8
 """Wrong tensors after which no more are looked for one by one."""
 _LEVELS = (4, 10)
@@ -179,19 +181,8 @@ class ParameterCheck:
         found = probed.judgement
         if found.verdict is Verdict.PASS and found.difference in (Verdict.PASS, Verdict.SKIPPED):
             return
-        replica = self._replica
-        values = nearby(replica.leaves, seed=replica.case.seed, dtype=self._plan.wide)
-        try:
-            narrow = self.narrow
-            with replica.at(values):
-                other = self._probe(*replica.gradients())
-            self.narrow = narrow
-        except (SoftcheckError, NotImplementedError):
-            return
-        beside = other.judgement
-        if beside.verdict is not Verdict.PASS or beside.difference is Verdict.INCONCLUSIVE:
-            return
-        if found.by_difference and beside.difference is not Verdict.PASS:  # nothing else sees what was lost
+        looks = (self._is_right_beside(found, attempt) for attempt in range(_BESIDE))
+        if next((look for look in looks if look is not None), False) is False:
             return
         probed.at_kinks = found.verdict is Verdict.FAIL
         reason = "right beside this point; here the model has kinks (exact zeros or ties), where any slope is accepted"
@@ -203,6 +194,23 @@ class ParameterCheck:
             difference_reason="kinks at this very point; beside it the differences agree",
             bound=max(found.bound, abs(probed.direction.claimed - found.expected)) if probed.at_kinks else found.bound,
         )
+
+    def _is_right_beside(self, found: Judgement, attempt: int) -> bool | None:
+        """Whether the gradient is right at a point beside this one; None where kinks beside it leave that open."""
+        replica, narrow = self._replica, self.narrow
+        values = nearby(replica.leaves, seed=replica.case.seed + attempt, dtype=self._plan.wide)
+        try:
+            with replica.at(values):
+                beside = self._probe(*replica.gradients()).judgement
+        except (SoftcheckError, NotImplementedError):
+            return False
+        finally:
+            self.narrow = narrow
+        if beside.verdict is not Verdict.PASS:
+            return False
+        if beside.difference is Verdict.PASS or (not found.by_difference and beside.difference is Verdict.SKIPPED):
+            return True
+        return None  # where numbers were lost nothing but the differences can clear
 
     def _confirmed(self, probed: Probed) -> None:
         """A second witness for an error below what differences resolve: the gradient by torch's own rules alone.
