@@ -69,7 +69,6 @@ def test_kinks_give_no_false_alarm_over_many_seeds(model: CorrectModel, seed: in
         assert accused((model, torch.float32, train), seed=seed) == []
 
 
-@pytest.mark.xfail(reason="the second look meets another kink beside the point")
 def test_kinks_beside_kinks_give_no_false_alarm() -> None:
     model = next(one for one in CORRECT_MODELS if one.name == "custom relu at exact zeros")
     assert accused((model, torch.float64, True), seed=6) == []
