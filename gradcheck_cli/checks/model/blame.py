@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.function_of_model import check_function_of_model
 from gradcheck_cli.checks.model.local import LOCAL_SHARE, LocalCheck, LocalRun, wrong_tensors
-from gradcheck_cli.checks.model.parameters import Probed
+from gradcheck_cli.checks.model.parameters import Probed, escape_sentence
 from gradcheck_cli.checks.model.probe import dot, make_direction, true_slope
 from gradcheck_cli.checks.model.replica import Replica
 from gradcheck_cli.checks.model.suspects import Culprit, Suspects, set_aside
@@ -151,8 +150,7 @@ def _checked(culprit: Culprit, *, seed: int) -> CheckResult | None:
 
 def _escaped(escapes: Sequence[Escape], tensors: Sequence[tuple[str, float, float]]) -> Blame:
     """Numbers that leave PyTorch come back as constants."""
-    where = some_of([f"{one.operator} at {shown_path(one.place)}" for one in escapes])
-    text = f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
+    text = escape_sentence(escapes)
     names = some_of([name for name, _, _ in tensors])
     code = "zero-gradient" if tensors and all(claim == 0.0 for _, claim, _ in tensors) else "partial-gradient"
     message = f"{text}; wrong by it: {names}" if names else text

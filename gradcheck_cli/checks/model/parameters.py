@@ -35,6 +35,7 @@ from gradcheck_cli.checks.model.suspects import Suspects
 from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.derivatives.line_difference import LineEstimate
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.tangents import Escape
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.sources.wording import some_of
 
@@ -323,9 +324,8 @@ class ParameterCheck:
         escapes = probed.truth.escapes
         if not (escapes and probed.judgement.by_difference and probed.judgement.verdict is Verdict.FAIL):
             return None
-        where = some_of([f"{one.operator} at {shown_path(one.place)}" for one in escapes])
-        text = f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
-        return Diagnosis(code="partial-gradient", message=text, detail={"place": escapes[0].place})
+        detail = {"place": escapes[0].place}
+        return Diagnosis(code="partial-gradient", message=escape_sentence(escapes), detail=detail)
 
     def _missing(self, probed: Probed) -> Iterator[CheckResult]:
         """Tensors for which autograd gives nothing; where tangents were lost, nothing can be said of them."""
@@ -423,6 +423,12 @@ def _is_finite(gradient: Tensor) -> bool:
 def _is_zero(gradient: Tensor) -> bool:
     low, high = torch.aminmax(gradient) if gradient.numel() else (0.0, 0.0)
     return float(low) == 0.0 == float(high)
+
+
+def escape_sentence(escapes: Sequence[Escape]) -> str:
+    """Where numbers leave PyTorch, in words."""
+    where = some_of([f"{one.operator} at {shown_path(one.place)}" for one in escapes])
+    return f"a number that depends on the parameters leaves PyTorch and comes back as a constant: {where}"
 
 
 def chosen_leaves(leaves: Sequence[Leaf], plan: ModelPlan) -> list[bool]:
