@@ -1,24 +1,54 @@
 """PyTorch: tensors on any device, reverse and forward mode through its public functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gradcheck_cli.backends.base import Function, LinearMap, UnsupportedDerivative
+from gradcheck_cli.backends.base import Backend, Function, Information, LinearMap, UnsupportedDerivative
 from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions, tangent_of
 from gradcheck_cli.errors import SoftcheckError
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Torch tensors on the device of the scores."""
 
     name = "torch"
 
+    def information(self) -> Information:
+        """Torch's version and the devices that it sees."""
+        devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            devices.append("mps")
+        return Information(
+            version=torch.__version__,
+            devices=tuple(devices),
+            dtypes=("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+            modes=(
+                "reverse",
+                "forward",
+                "custom rules",
+                "compiled",
+                "batched",
+                "second order",
+                "rounding",
+                "softmax family",
+            ),
+        )
+
+    def running(self, points: Sequence[Tensor]) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Nothing to set up."""
+        return nullcontext()
+
     def native(self, tensor: Tensor) -> object:
         """A detached copy with the tensor's strides."""
-        return tensor.detach().clone(memory_format=torch.preserve_format)
+        return _copy(tensor)
+
+    def is_array(self, value: object) -> bool:
+        """Tensors."""
+        return isinstance(value, Tensor)
 
     def tensor(self, array: object, *, what: str, like: Tensor) -> Tensor:
         """The tensor itself."""
@@ -29,53 +59,69 @@ class TorchBackend:
             )
         return array.to(like.device)
 
-    def reverse(self, function: Function, point: Tensor) -> tuple[Tensor, LinearMap]:
-        """Value and vᵀJ by `torch.autograd.grad` at the point's own shape and layout.
+    def reverse(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
+        """Values and vᵀJ by `torch.autograd.grad` at the points' own shapes and layouts.
 
-        The cotangent enters as the factor of a sum, which hands the function exactly v: an explicit
-        `grad_outputs` makes torch load its symbolic shapes first, a third of a second. A value that does not
-        depend on the point by torch's knowledge (it was detached) has the derivative that training would see: 0.
+        The cotangents enter as factors of a sum, which hands the function exactly v: an explicit `grad_outputs` makes
+        torch load its symbolic shapes first, a third of a second. A value that does not depend on a point by torch's
+        knowledge (it was detached) has the derivative that training would see: none.
         """
-        leaf = point.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        leaves = [_copy(point).requires_grad_() for point in points]
         with torch.enable_grad():
-            value = function(leaf)
-        if not isinstance(value, Tensor):
-            raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
+            values = [_as_tensor(value) for value in function(*leaves)]
 
-        def vjp(cotangent: Tensor) -> Tensor:
-            if not value.requires_grad:
-                return torch.zeros_like(point)
+        def vjp(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
             with torch.enable_grad():
-                total = (value * cotangent.to(value.dtype)).sum()
-            (found,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(point) if found is None else found
+                parts = [
+                    (value * w.to(value.dtype)).sum()
+                    for value, w in zip(values, cotangents, strict=True)
+                    if value.requires_grad
+                ]
+            if not parts:
+                return [None] * len(leaves)
+            total = sum(parts[1:], start=parts[0])
+            return list(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
 
-        return value.detach(), vjp
+        return LinearMap(values=tuple(value.detach() for value in values), apply=vjp)
 
-    def forward(self, function: Function, point: Tensor) -> LinearMap:
-        """J u by dual numbers at the point's own shape and layout."""
+    def forward(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
+        """J u by dual numbers at the points' own shapes and layouts."""
+        with torch.no_grad():
+            values = tuple(_as_tensor(value) for value in function(*(_copy(point) for point in points)))
 
-        def jvp(tangent: Tensor) -> Tensor:
+        def jvp(tangents: Sequence[Tensor]) -> list[Tensor | None]:
             try:
-                return _jvp(function, point, tangent, make_dual)
+                return _jvp(function, points, tangents, make_dual)
             except NotImplementedError:  # an operator without a forward formula of its own
                 pass
             try:
-                return _jvp(function, point, tangent, make_dual_with_decompositions)
+                return _jvp(function, points, tangents, make_dual_with_decompositions)
             except NotImplementedError as reason:
                 raise UnsupportedDerivative(str(reason).splitlines()[0]) from reason
 
-        return jvp
+        return LinearMap(values=values, apply=jvp)
 
-    def device(self, tensor: Tensor) -> str:
-        """The tensor's own device."""
-        return str(tensor.device)
+    def family(self, name: str, *, axis: int, options: Mapping[str, object]) -> Callable[[object], object] | None:  # noqa: ARG002
+        """None: the methods of `softcheck jacobian` that run torch's own softmax stream it, which is faster."""
+        return None
 
 
-def _jvp(function: Function, point: Tensor, tangent: Tensor, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.preserve_format)
+
+
+def _as_tensor(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
+    return value
+
+
+def _jvp(
+    function: Function,
+    points: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    make: Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor | None]:
     with forward_ad.dual_level():
-        leaf = point.detach().clone(memory_format=torch.preserve_format)
-        value = function(make(leaf, tangent.to(leaf.dtype)))
-        if not isinstance(value, Tensor):
-            raise UnsupportedDerivative(f"the value is {type(value).__name__}, not a torch tensor")
-        return tangent_of(value).clone()
+        duals = [make(_copy(point), u.to(point.dtype)) for point, u in zip(points, tangents, strict=True)]
+        return [tangent_of(_as_tensor(value)).clone() for value in function(*duals)]

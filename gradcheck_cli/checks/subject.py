@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcheck_cli.backends.base import Backend, Function, UnsupportedDerivative
+from gradcheck_cli.backends.base import Backend, UnsupportedDerivative
 from gradcheck_cli.checks.candidate import Candidate, Operator
 from gradcheck_cli.checks.judge import Row, dtype_name, judged, skipped
 from gradcheck_cli.derivatives.finite_difference import differentiate, exact_direction, step_ladder
@@ -146,13 +146,17 @@ def _autodiff_candidate(
 ) -> "Candidate | CheckResult":
     backend, layout = subject.backend, problem.layout
     method = "forward mode" if by_column else "reverse mode"
-    function: Function = impl
+    points = [problem.scores]
+
+    def function(scores: object) -> list[object]:
+        return [impl(scores)]
+
     try:
         if by_column:
-            apply = backend.forward(function, problem.scores)
-            apply(torch.zeros_like(problem.scores))  # whether the mode is supported shows only when it is used
+            found = backend.forward(function, points)
+            found.apply([torch.zeros_like(problem.scores)])  # whether the mode works shows only when it is used
         else:
-            _, apply = backend.reverse(function, problem.scores)
+            found = backend.reverse(function, points)
     except (UnsupportedDerivative, RuntimeError, SoftcheckError) as reason:
         if not by_column:
             raise
@@ -162,8 +166,11 @@ def _autodiff_candidate(
     def operator(direction: Tensor) -> Lines:
         with impl.running():
             if by_column:
-                return Lines(layout.output_blocks(apply(layout.from_input_blocks(direction))))
-            return Lines(layout.input_blocks(apply(layout.from_output_blocks(direction))))
+                (tangent,) = found.apply([layout.from_input_blocks(direction)])
+                assert tangent is not None
+                return Lines(layout.output_blocks(tangent))
+            (gradient,) = found.apply([layout.from_output_blocks(direction)])
+            return Lines(layout.input_blocks(torch.zeros_like(problem.scores) if gradient is None else gradient))
 
     return _candidate(problem, subject, impl.label, method, by_column=by_column, operator=operator)
 

@@ -1,7 +1,7 @@
 """Nested results of a function as a flat list of named tensors."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -18,21 +18,33 @@ def flatten(value: object, *, what: str) -> list[tuple[str, Tensor]]:
     Tuples, lists, mappings, named tuples and dataclasses are walked; None, text and booleans carry no derivative and
     are left out; a Python number is an array without axes. Raises SoftcheckError naming `what` for anything else.
     """
-    return list(_walk(value, "", what, 0))
+    return [
+        (path, leaf if isinstance(leaf, Tensor) else _from_numpy(leaf, what + path))
+        for path, leaf in leaves(value, what=what, is_array=_is_tensor)
+    ]
 
 
-def _walk(value: object, path: str, what: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def leaves(value: object, *, what: str, is_array: Callable[[object], bool]) -> list[tuple[str, object]]:
+    """The same for any framework's arrays, as they are: those that `is_array` knows, NumPy's and Python numbers."""
+    return list(_walk(value, "", what, 0, is_array))
+
+
+def _walk(
+    value: object, path: str, what: str, depth: int, is_array: Callable[[object], bool]
+) -> Iterator[tuple[str, object]]:
     if depth > _DEEPEST:
         raise SoftcheckError(f"{what} is nested deeper than {_DEEPEST} levels")
     if value is None or isinstance(value, str | bytes | bool):
         return
-    if isinstance(value, Tensor):
+    if is_array(value) or isinstance(value, np.ndarray | np.generic | int | float | complex):
         yield path, value
-    elif isinstance(value, np.ndarray | np.generic | int | float | complex):
-        yield path, _from_numpy(value, what + path)
     else:
         for name, part in _parts(value, what + path):
-            yield from _walk(part, path + name, what, depth + 1)
+            yield from _walk(part, path + name, what, depth + 1, is_array)
 
 
 def _parts(value: object, what: str) -> Iterator[tuple[str, object]]:

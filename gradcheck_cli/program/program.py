@@ -2,16 +2,18 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends import load_backend
+from gradcheck_cli.backends.base import Backend
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import UserCode
-from gradcheck_cli.program.outputs import carries_derivative, flatten
+from gradcheck_cli.program.outputs import carries_derivative, flatten, leaves
 
 _IN_PLACE = "a leaf Variable that requires grad is being used in an in-place operation"
 _IN_PLACE_VIEW = "a view of a leaf Variable that requires grad is being used in an in-place operation"
@@ -32,9 +34,10 @@ class Program:
     """A function, its arguments at the point, and where it runs.
 
     `code` is called with the inputs in order (a module: with its parameters and buffers in place). `framework` is
-    "torch" or "numpy"; `rule` is a hand-written backward(*inputs, *upstreams) for it. `seed` starts every random
-    number that the function draws, in every call alike; `draws` is False once it is known to draw none (putting
-    three generators back takes 0.2 ms a call). `eager` is the same before compilation, where `code` is compiled.
+    the name of its backend ("torch" needs none; `backend` is set where another object stands in for it); `rule` is a
+    hand-written backward(*inputs, *upstreams) for it. `seed` starts every random number that the function draws, in
+    every call alike; `draws` is False once it is known to draw none (putting three generators back takes 0.2 ms a
+    call). `eager` is the same before compilation, where `code` is compiled.
     """
 
     name: str
@@ -46,6 +49,17 @@ class Program:
     draws: bool = True
     module: torch.nn.Module | None = None
     eager: "Program | None" = None
+    backend: Backend | None = None
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether the code works on torch tensors, which need no translation."""
+        return self.framework == "torch"
+
+    @property
+    def engine(self) -> Backend:
+        """The framework that runs the code: `backend` where one is set, otherwise the one of that name."""
+        return load_backend(self.framework) if self.backend is None else self.backend
 
     @property
     def varied(self) -> tuple[Argument, ...]:
@@ -68,17 +82,39 @@ class Program:
     def call(self, values: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The arrays of one call with these values for all arguments, in their order, random numbers seeded."""
         with self._generators():
+            if not self.is_torch:
+                return self._foreign_call(values)
             result = self._result(values)
         return flatten(result, what=f"the result of {self.name}")
 
-    def _generators(self) -> AbstractContextManager[None]:
-        return seeded(self.seed, self.device) if self.draws else nullcontext()
+    def _foreign_call(self, values: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        paths: list[str] = []
+
+        def function(*arrays: object) -> list[object]:
+            found = self.native_leaves(arrays)
+            paths[:] = [path for path, _ in found]
+            return [array for _, array in found]
+
+        found = self.engine.evaluate(function, values)
+        return list(zip(paths, found, strict=True))
+
+    def native_leaves(self, arrays: Sequence[object]) -> list[tuple[str, object]]:
+        """The framework's own arrays in the result of one call with its own arrays."""
+        result = self.code(*arrays)
+        return leaves(result, what=f"the result of {self.name}", is_array=self.engine.is_array)
+
+    @contextmanager
+    def _generators(self) -> Iterator[None]:
+        if not self.draws:
+            yield
+            return
+        own = None if self.is_torch else self.engine.seeded(self.seed)
+        with seeded(self.seed, self.device), nullcontext() if own is None else own:
+            yield
 
     def _result(self, values: Sequence[Tensor]) -> object:
         own = {a.name: value for a, value in zip(self.arguments, values, strict=True) if a.in_module}
         inputs = [value for a, value in zip(self.arguments, values, strict=True) if not a.in_module]
-        if self.framework == "numpy":
-            return self.code(*(as_numpy(value) for value in inputs))
         if self.module is None:
             return self.code(*inputs)
         with self.code.running():
@@ -90,10 +126,20 @@ class Program:
         inputs = [value for a, value in zip(self.arguments, values, strict=True) if not a.in_module]
         with self._generators():
             arrays = [*inputs, *upstreams]
-            native = [as_numpy(one) for one in arrays] if self.framework == "numpy" else arrays
-            result = self.rule(*native)
-        found = list(result) if isinstance(result, tuple | list) else [result]
+            if self.is_torch:
+                result = self.rule(*arrays)
+                found = list(result) if isinstance(result, tuple | list) else [result]
+            else:
+                found = self._foreign_rule(arrays)
         return _for_varied(found, self, len(inputs))
+
+    def _foreign_rule(self, arrays: Sequence[Tensor]) -> list[object]:
+        assert self.rule is not None
+        engine, rule = self.engine, self.rule
+        with engine.running(arrays):
+            result = rule(*(engine.native(one) for one in arrays))
+            found = list(result) if isinstance(result, tuple | list) else [result]
+            return [None if one is None else engine.tensor(one, what=rule.label, like=arrays[0]) for one in found]
 
 
 def _for_varied(found: list[object], program: Program, inputs: int) -> list[Tensor | None]:
@@ -144,13 +190,6 @@ def _states(device: torch.device) -> tuple[object, ...]:
 
 def _own_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.preserve_format)
-
-
-def as_numpy(tensor: Tensor) -> object:
-    """A copy as a NumPy array with the tensor's strides."""
-    if tensor.dtype == torch.bfloat16:
-        raise SoftcheckError("NumPy has no bfloat16", hint="use a torch function, or --dtype float32")
-    return tensor.detach().cpu().clone(memory_format=torch.preserve_format).numpy()
 
 
 @contextmanager
