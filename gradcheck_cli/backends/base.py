@@ -14,7 +14,7 @@ Apply = Callable[[Sequence[Tensor]], list[Tensor | None]]
 (one for each point) to the values' tangents."""
 
 
-class UnsupportedDerivative(Exception):
+class UnsupportedDerivative(NotImplementedError):
     """The framework cannot do this, or not for this function; the text is the reason, one line for the report."""
 
 

@@ -153,7 +153,7 @@ def _loop(context: Context, *, in_numpy: bool) -> "Candidate | CheckResult":
 
 
 def _finite_difference(context: Context) -> "Candidate | CheckResult":
-    if (reason := _no_value(context)) is not None:
+    if (reason := no_value(context)) is not None:
         return _skip(context, "finite difference", "torch", reason)
     return _candidate(
         context,
@@ -189,7 +189,7 @@ def _difference_operator(context: Context) -> Operator:
 
 
 def _complex_step(context: Context) -> "Candidate | CheckResult":
-    if (reason := _no_value(context)) is not None:
+    if (reason := no_value(context)) is not None:
         return _skip(context, "complex step", "numpy", reason)
     infinite = infinite_outputs(context.reference)
     scores = context.blocks.scores.cpu().double().numpy()[:, None, :]
@@ -216,7 +216,7 @@ def _complex_step(context: Context) -> "Candidate | CheckResult":
     )
 
 
-def _no_value(context: Context) -> str | None:
+def no_value(context: Context) -> str | None:
     """Why no output has a value whose change could be seen, or None: a masked target class, a masked row in a sum."""
     if not bool(torch.isfinite(context.reference.value.hi).any()):
         return "the value is infinite at these scores"
@@ -250,7 +250,7 @@ def _torch_reverse(context: Context) -> Candidate:
 def _torch_forward(context: Context) -> "Candidate | CheckResult":
     from torch.autograd import forward_ad
 
-    if (reason := _no_value(context)) is not None:
+    if (reason := no_value(context)) is not None:
         return _skip(context, "forward mode", "torch", reason)
     problem, layout = context.problem, context.problem.layout
 

@@ -32,6 +32,8 @@ from gradcheck_cli.verdict.stream import (
 
 Operator = Callable[[Tensor], Lines]
 """A direction [blocks, size] in float64 -> the product with the Jacobian [blocks, size], and the method's own error."""
+Batched = Callable[[Tensor], Tensor]
+"""Directions [k, blocks, size] in float64 -> their products with the Jacobian [k, blocks, size]."""
 
 CALL_COST = 1 << 13
 """A product takes at least as long as computing this many numbers: 50 to 100 µs."""
@@ -46,8 +48,8 @@ DIFFERENCE_SAFETY = 2.0
 class Candidate:
     """One derivative under check.
 
-    `operator` applies it to a cotangent, or to a tangent if `by_column`; `lines` gives tiles of it, where there
-    is something faster than one product per line. `dtype` is the precision it must live up to;
+    `operator` applies it to a cotangent, or to a tangent if `by_column`; where there is something faster than one
+    product per line, `lines` gives tiles of it, or `batched` many products at once. `dtype` is the precision it must live up to;
     `largest` the number of entries up to which it is checked entry by entry on its own accord; `floor` the size
     of derivatives that the method cannot see, beside the dtype's own underflow.
     """
@@ -62,6 +64,7 @@ class Candidate:
     floor: float = 0.0
     operator: Operator | None = None
     lines: LineSource | None = None
+    batched: Batched | None = None
 
     def row(self, reference: str) -> Row:
         """How the result is labelled."""
@@ -145,7 +148,8 @@ class CandidateCheck:
         """Numbers that must be computed for all entries: a column of a function with one output costs all scores."""
         lines = self._reference.left.shape[0] * self._reference.outputs
         if self._candidate.lines is None:
-            return max(self._reference.outputs * max(self._problem.scores.numel(), CALL_COST), entries)
+            call = 1 if self._candidate.batched is not None else CALL_COST
+            return max(self._reference.outputs * max(self._problem.scores.numel(), call), entries)
         width = self._reference.outputs if self._candidate.by_column else self._reference.inputs
         return max(lines * width, entries)
 
@@ -183,12 +187,28 @@ class CandidateCheck:
         blocks, size, entries = self._reference.left.shape[0], self._reference.outputs, self._reference.inputs
         step = max(1, CPU_TILE // max(1, blocks * entries))
         shift = torch.arange(blocks, device=self._reference.left.hi.device)
-        for chunk in _batched(lines, step):
+        for chunk in _chunks(lines, step):
             index = torch.stack([(shift + line) % size for line in chunk], dim=1)
+            if self._candidate.batched is not None:
+                yield self._batch(index, size, step=min(step, len(lines))), None, index
+                continue
             parts = [self._apply(_unit(index[:, k], size)) for k in range(len(chunk))]
             bars = [part.bar for part in parts if part.bar is not None]
             values = torch.stack([part.values.to(torch.float64) for part in parts], dim=1)
             yield values, torch.stack(bars, dim=1) * DIFFERENCE_SAFETY if bars else None, index
+
+    def _batch(self, index: Tensor, size: int, *, step: int) -> Tensor:
+        """Products with unit directions [blocks, lines], all at once.
+
+        A short last chunk is filled up with its last line: frameworks compile anew for every size.
+        """
+        assert self._candidate.batched is not None
+        wanted = index.shape[1]
+        index = torch.cat([index, index[:, -1:].expand(-1, step - wanted)], dim=1)
+        directions = torch.zeros(step, index.shape[0], size, dtype=torch.float64, device=index.device)
+        directions.scatter_(2, index.t()[..., None], 1.0)
+        found = self._candidate.batched(directions)[:wanted].transpose(0, 1)
+        return found.clone() if found.dtype == torch.float64 else found  # what is compared in float64 is overwritten
 
     def _apply(self, direction: Tensor) -> Lines:
         assert self._candidate.operator is not None
@@ -269,7 +289,7 @@ def _unit(index: Tensor, size: int) -> Tensor:
     return direction.scatter_(1, index[:, None], 1.0)
 
 
-def _batched(lines: "range | list[int]", step: int) -> Iterator[tuple[int, ...]]:
+def _chunks(lines: "range | list[int]", step: int) -> Iterator[tuple[int, ...]]:
     for start in range(0, len(lines), step):
         yield tuple(lines[start : start + step])
 

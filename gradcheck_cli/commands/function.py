@@ -73,7 +73,11 @@ Examples:
     help="Hand-written rule backward(*inputs, *upstreams) to check in place of autodiff.",
 )
 @click.option("--reference", metavar="TARGET", help="Trusted implementation with the same arguments to compare with.")
-@click.option("--backend", help="Framework of the code: torch or numpy; by default what its source uses.")
+@click.option(
+    "--backend",
+    help="Framework of the code: torch, numpy, tensorflow, jax or that of another package (see `softcheck backends`); "
+    "by default what its source uses.",
+)
 @click.option(
     "--order",
     type=click.IntRange(1, 2),

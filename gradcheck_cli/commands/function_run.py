@@ -285,13 +285,18 @@ def _shape(value: Tensor) -> str:
 
 def environment(program: Program) -> dict[str, str | int | bool]:
     """Versions, device and what changes the precision of torch's kernels."""
-    return versions() | {
-        "device": device_label(program.device),
-        "tf32": program.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        "autocast": torch.is_autocast_enabled(program.device.type),
-        "compiled": program.eager is not None,
-        "seed": program.seed,
-    }
+    own = {} if program.is_torch else {program.framework: program.engine.information().version}
+    return (
+        versions()
+        | own
+        | {
+            "device": device_label(program.device),
+            "tf32": program.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+            "autocast": torch.is_autocast_enabled(program.device.type),
+            "compiled": program.eager is not None,
+            "seed": program.seed,
+        }
+    )
 
 
 def versions() -> dict[str, str | int | bool]:

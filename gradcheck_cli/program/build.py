@@ -1,5 +1,6 @@
 """From a callable and its inputs to a Program: names, what varies, and which framework it is written in."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,12 +9,14 @@ from types import CodeType, ModuleType
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends import known_backends, load_backend
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import UserCode
 from gradcheck_cli.program.outputs import carries_derivative
 from gradcheck_cli.program.program import Argument, Program, draws_random_numbers
 
-FRAMEWORKS = ("torch", "numpy")
+HOMES = {"torch": "torch", "numpy": "numpy", "tensorflow": "tensorflow", "keras": "tensorflow", "jax": "jax"}
+"""Top-level packages and the backend that runs code which uses them."""
 
 
 def make_program(
@@ -37,8 +40,8 @@ def make_program(
     call = as_callable(target, name)
     module = call if isinstance(call, torch.nn.Module) else None
     framework = framework or framework_of(call)
-    if framework not in FRAMEWORKS:
-        raise SoftcheckError(f"functions of {framework} cannot be checked", hint=f"known: {', '.join(FRAMEWORKS)}")
+    if framework != "torch":
+        load_backend(framework)
     arguments = [
         Argument(name=label, value=value, varies=carries_derivative(value))
         for label, value in zip(input_names(call, len(inputs)), inputs, strict=True)
@@ -176,9 +179,9 @@ def framework_of(call: Callable[..., object]) -> str:
     """The framework a function is written in, from the modules that its source names; torch where that is open."""
     if isinstance(call, torch.nn.Module):
         return "torch"
-    home = (getattr(call, "__module__", None) or "").partition(".")[0]
-    if home in FRAMEWORKS:
-        return home
+    own = _homes_of(call)
+    if own:
+        return own[0]
     owner = getattr(call, "__self__", None)
     if inspect.isclass(owner) and issubclass(owner, torch.autograd.Function):
         return "torch"
@@ -188,7 +191,24 @@ def framework_of(call: Callable[..., object]) -> str:
         function = vars(type(call)).get("__call__", function)
     code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
     used = _frameworks_used(code, scope, seen=set())
-    return "numpy" if used == {"numpy"} else "torch"
+    if "torch" in used or not used:
+        return "torch"
+    others = sorted(used - {"numpy"})
+    return others[0] if len(others) == 1 else "torch" if others else "numpy"
+
+
+def _homes_of(call: Callable[..., object]) -> list[str]:
+    """The backend of the module that a callable or its class comes from: jax.nn.gelu, a Keras layer, a jitted one."""
+    modules = [getattr(call, "__module__", None), *(cls.__module__ for cls in type(call).__mro__)]
+    homes = [(module or "").partition(".")[0] for module in modules]
+    known = _homes()
+    return [known[home] for home in homes if home in known] + ["jax"] * ("jaxlib" in homes)
+
+
+@functools.cache
+def _homes() -> Mapping[str, str]:
+    """The same with the backends of third parties, each for the package of its own name."""
+    return {**{name: name for name in known_backends()}, **HOMES}
 
 
 def _frameworks_used(code: object, scope: Mapping[str, object], *, seen: set[object]) -> set[str]:
@@ -196,12 +216,18 @@ def _frameworks_used(code: object, scope: Mapping[str, object], *, seen: set[obj
     if not isinstance(code, CodeType) or code in seen:
         return set()
     seen.add(code)
+    homes = _homes()
     found: set[str] = set()
     for name in code.co_names:
-        value = scope.get(name)
+        if name not in scope:  # an import inside the function, or an attribute
+            found |= {homes[name]} if name in homes else set()
+            continue
+        value = scope[name]
         home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
-        found |= {home.partition(".")[0]} & set(FRAMEWORKS)
-        found |= _frameworks_used(getattr(value, "__code__", None), getattr(value, "__globals__", {}), seen=seen)
+        own = home.partition(".")[0]
+        found |= {homes[own]} if own in homes else set()
+        inner = getattr(value, "__wrapped__", value)
+        found |= _frameworks_used(getattr(inner, "__code__", None), getattr(inner, "__globals__", {}), seen=seen)
     for constant in code.co_consts:
         found |= _frameworks_used(constant, scope, seen=seen)
     return found

@@ -57,6 +57,13 @@ class Program:
         return self.framework == "torch"
 
     @property
+    def label(self) -> str:
+        """The framework's name in sentences."""
+        return {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX"}.get(
+            self.framework, self.framework
+        )
+
+    @property
     def engine(self) -> Backend:
         """The framework that runs the code: `backend` where one is set, otherwise the one of that name."""
         return load_backend(self.framework) if self.backend is None else self.backend
@@ -81,7 +88,7 @@ class Program:
 
     def call(self, values: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The arrays of one call with these values for all arguments, in their order, random numbers seeded."""
-        with self._generators():
+        with self.generators():
             if not self.is_torch:
                 return self._foreign_call(values)
             result = self._result(values)
@@ -104,7 +111,8 @@ class Program:
         return leaves(result, what=f"the result of {self.name}", is_array=self.engine.is_array)
 
     @contextmanager
-    def _generators(self) -> Iterator[None]:
+    def generators(self) -> Iterator[None]:
+        """Around a call: random numbers start from the seed, where the function draws any."""
         if not self.draws:
             yield
             return
@@ -124,7 +132,7 @@ class Program:
         """What the hand-written rule gives back for the varied arguments."""
         assert self.rule is not None
         inputs = [value for a, value in zip(self.arguments, values, strict=True) if not a.in_module]
-        with self._generators():
+        with self.generators():
             arrays = [*inputs, *upstreams]
             if self.is_torch:
                 result = self.rule(*arrays)
@@ -179,7 +187,18 @@ def draws_random_numbers(program: Program) -> bool:
     with seeded(program.seed + _OTHER_SEED, program.device):  # a function that sets the seed itself moves it, too
         before = _states(program.device)
         replace(program, draws=False).call([_own_copy(argument.value) for argument in program.arguments])
-        return before != _states(program.device)
+        if before != _states(program.device):
+            return True
+    return not program.is_torch and _depends_on_seed(program)
+
+
+def _depends_on_seed(program: Program) -> bool:
+    """Whether the framework's own seed changes the value."""
+    if program.engine.seeded(program.seed) is None:
+        return False
+    values = [argument.value for argument in program.arguments]
+    found = [replace(program, seed=seed, draws=True).call(values) for seed in (program.seed, program.seed + 1)]
+    return any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for (_, a), (_, b) in zip(*found, strict=True))
 
 
 def _states(device: torch.device) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program.foreign import ForeignGraph
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.program import Program, is_in_place_refusal
 
@@ -72,7 +73,10 @@ class Stage:
         return curve
 
     def reverse(self, cotangents: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """The gradients of ⟨w, f⟩ by torch's reverse mode, for several w through one graph; zeros where none comes."""
+        """The gradients of ⟨w, f⟩ by reverse mode, for several w through one graph; zeros where none comes."""
+        if not self.program.is_torch:
+            graph = ForeignGraph(self)
+            return [graph.gradient(w) for w in cotangents]
         return [
             [torch.zeros_like(value) if one is None else one for one, value in zip(found, self.point, strict=True)]
             for found in self.graph().gradients(cotangents)

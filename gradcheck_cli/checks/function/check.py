@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from gradcheck_cli.checks.function.derivative import DerivativeChecks
 from gradcheck_cli.checks.function.explain import explain, explain_forward_mode, under_its_name
+from gradcheck_cli.checks.function.foreign import ForeignChecks
 from gradcheck_cli.checks.function.forward import ForwardChecks
 from gradcheck_cli.checks.function.forward_mode import ForwardModeChecks
 from gradcheck_cli.checks.function.gradients import candidates
@@ -49,12 +50,15 @@ class FunctionCheck:
             if self.plan.self_test:
                 yield from SelfTest(checks).run()
                 continue
-            if self.setting.program.framework == "torch" and self.setting.program.rule is None:
+            if self.setting.differentiates and self.setting.program.rule is None:
                 yield from explain_forward_mode(checks, ForwardModeChecks(checks).run())
             if self.plan.laws:
                 laws = LawChecks(checks)
                 yield from laws.run()
-                yield from LayoutChecks(checks, overwrites=laws.overwrites).run()
+                if self.setting.program.is_torch or self.setting.program.framework == "numpy":
+                    yield from LayoutChecks(checks, overwrites=laws.overwrites).run()
+                else:
+                    yield from ForeignChecks(checks).run()
             if self.plan.order >= 2:
                 yield from SecondOrderChecks(checks).run()
 

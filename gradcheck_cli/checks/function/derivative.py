@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends.base import UnsupportedDerivative
 from gradcheck_cli.checks.candidate import DIFFERENCE_SAFETY
 from gradcheck_cli.checks.function.compare import (
     Miss,
@@ -213,11 +214,8 @@ class DerivativeChecks:
         """The measured rounding tolerance on a float64 stage; a few units in the last place where it has none."""
         dtype = torch.float64 if unit == 2.0**-53 else self.setting.narrowest
         least = floor_of(gradients, dtype=dtype)
-        if self.setting.twin is None or self.setting.program.framework != "torch":
-            return [
-                [_ULPS_WITHOUT_TWIN * (own + unit * _largest_entry(part)) for own, part in zip(mine, one, strict=True)]
-                for mine, one in zip(least, gradients, strict=True)
-            ]
+        if self.setting.twin is None or not self.setting.differentiates:
+            return _ulps_of(gradients, least, unit=unit)
         source = plain_autodiff if self.setting.program.rule is None else reverse_mode
         sources = [source, self.candidate.source]
         for position, one in enumerate(sources):
@@ -228,6 +226,8 @@ class DerivativeChecks:
                 break
             except (SoftcheckError, NotImplementedError, RuntimeError):
                 if position == len(sources) - 1:
+                    if not self.setting.program.is_torch:  # a framework that cannot play its rounding
+                        return _ulps_of(gradients, least, unit=unit)
                     raise
         return [
             [torch.maximum(a, b) for a, b in zip(one, two, strict=True)]
@@ -299,11 +299,12 @@ class DerivativeChecks:
             return None, reverse_mode, self.stage
         if self.plan.reference is not None:
             return "reference", reverse_mode, self._reference_stage()
-        if setting.program.framework != "torch":
+        if not setting.differentiates:
             return None, reverse_mode, self.stage
         if setting.customs:
             names = ", ".join(sorted({custom.name for custom in setting.customs}))
-            return f"autodiff of {names}.forward", plain_autodiff, self.stage
+            what = ".forward" if setting.program.is_torch else " as written"
+            return f"autodiff of {names}{what}", plain_autodiff, self.stage
         if setting.program.rule is not None:
             return "autodiff of the forward", reverse_mode, self.stage
         return None, reverse_mode, self.stage
@@ -330,11 +331,14 @@ class DerivativeChecks:
 
         (1 + erf(x)) / 2 is exactly 0 in the tail, and so are its differences, while its rounding error is that of 1.
         """
-        if self._looked_again or self.setting.twin is None or self.setting.program.framework != "torch":
+        if self._looked_again or self.setting.twin is None or not self.setting.differentiates:
             return False
         self._looked_again = True
         center = self.setting.center
-        hidden = value_rounding(self.stage, unit=self.unit).to(center.device)
+        try:
+            hidden = value_rounding(self.stage, unit=self.unit).to(center.device)
+        except UnsupportedDerivative:
+            return False
         if not bool((hidden > _HIDDEN_ULPS * self.unit * center.abs()).any()):
             return False
         self._hidden = hidden
@@ -539,6 +543,14 @@ class DerivativeChecks:
         if entry is None:
             return f"{name} along a random direction"
         return f"{name}{entry_name(entry, value)}"
+
+
+def _ulps_of(gradients: Sequence[Gradient], least: Sequence[Gradient], *, unit: float) -> list[Gradient]:
+    """Some units in the last place of the entry and of its tensor's largest one, where nothing can be measured."""
+    return [
+        [_ULPS_WITHOUT_TWIN * (own + unit * _largest_entry(part)) for own, part in zip(mine, one, strict=True)]
+        for mine, one in zip(least, gradients, strict=True)
+    ]
 
 
 def _largest_entry(part: Tensor) -> float:

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends.base import UnsupportedDerivative
 from gradcheck_cli.checks.function.compare import Miss, against_gradient
-from gradcheck_cli.checks.function.gradients import by_parts, floor_of
+from gradcheck_cli.checks.function.gradients import by_parts, floor_of, spread_of
 from gradcheck_cli.checks.function.plan import FunctionPlan, dtype_name
 from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.checks.function.wording import entry_name
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real
-from gradcheck_cli.program.rounding import measured_spread, tolerance
+from gradcheck_cli.program.rounding import tolerance
 from gradcheck_cli.program.stage import Stage, widened
 from gradcheck_cli.results import CheckResult, Diagnosis, Verdict
 
@@ -83,6 +84,7 @@ class ForwardChecks:
         )
 
 
+_SAMPLES = 8
 _SAFETY = 3.0
 """As for gradients: right code reached 2.5 times the measured tolerance in single entries."""
 
@@ -90,15 +92,16 @@ _SAFETY = 3.0
 def value_tolerance(stage: Stage, expected: Sequence[Tensor], *, unit: float, dtype: torch.dtype) -> list[Tensor]:
     """What a right value may be off by in arithmetic of that unit roundoff, entry by entry."""
     least = floor_of([list(expected)], dtype=dtype)[0]
-    if stage.program.framework != "torch":
-        size = max((float(as_real(value).abs().nan_to_num(posinf=0.0).max()) for value in expected), default=0.0)
-        return [16 * part + 16 * unit * size for part in least]
 
     def run() -> list[Tensor]:
         with torch.no_grad():
             return [value.detach() for value in stage.at_point()]
 
-    spread = measured_spread(run, unit=unit, seed=stage.program.seed)
+    try:
+        spread = spread_of(stage, run, unit=unit, samples=_SAMPLES)
+    except UnsupportedDerivative:
+        size = max((float(as_real(value).abs().nan_to_num(posinf=0.0).max()) for value in expected), default=0.0)
+        return [16 * part + 16 * unit * size for part in least]
     measured = [
         by_parts(allowed.to(torch.float64), value)
         for allowed, value in zip(tolerance(spread, unit=unit), spread.values, strict=True)

@@ -23,6 +23,7 @@ from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.derivatives.line_sources import make_dual, make_dual_with_decompositions, tangent_of
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program import foreign
 from gradcheck_cli.program.stage import Stage, copy_of
 from gradcheck_cli.results import Checked, CheckResult, Verdict
 
@@ -31,7 +32,9 @@ _MOST = 6
 
 
 def tangents(stage: Stage, direction: Sequence[Tensor]) -> list[Tensor]:
-    """J u for every checked output by dual numbers. Raises NotImplementedError where an operator has no formula."""
+    """J u for every checked output by forward mode. Raises NotImplementedError where an operator has no formula."""
+    if not stage.program.is_torch:
+        return foreign.tangents(stage, direction)
     try:
         return _tangents(stage, direction, make_dual)
     except NotImplementedError as problem:

@@ -10,8 +10,9 @@ from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.reference import Rounding
 from gradcheck_cli.program.bypass import bypassed
+from gradcheck_cli.program.foreign import played_spread
 from gradcheck_cli.program.outputs import as_real, real_vector
-from gradcheck_cli.program.rounding import measured_spread, tolerance
+from gradcheck_cli.program.rounding import Spread, measured_spread, tolerance
 from gradcheck_cli.program.stage import Stage
 
 Gradient = list[Tensor]
@@ -34,7 +35,7 @@ class Candidate:
 
 
 def reverse_mode(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
-    """Torch's reverse mode through the function as it is."""
+    """The framework's reverse mode through the function as it is."""
     return stage.reverse(cotangents)
 
 
@@ -45,7 +46,7 @@ def written_rule(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[G
 
 def plain_autodiff(stage: Stage, cotangents: Sequence[Sequence[Tensor]]) -> list[Gradient]:
     """Reverse mode with every custom backward set aside: the derivative of the forward as it is written."""
-    with bypassed():
+    with bypassed() if stage.program.is_torch else stage.program.engine.rules_set_aside():
         return stage.reverse(cotangents)
 
 
@@ -53,9 +54,10 @@ def candidates(setting: Setting) -> list[Candidate]:
     """What is under check: the rule if one is given, otherwise reverse mode."""
     if setting.program.rule is not None:
         return [Candidate(method="hand-written backward", source=written_rule)]
-    if setting.program.framework != "torch":
+    if not setting.differentiates:
+        label = setting.program.label
         raise SoftcheckError(
-            f"{setting.program.name} is a NumPy function, and NumPy has no gradient to check",
+            f"{setting.program.name} is a {label} function, and {label} has no gradient to check",
             hint="add --backward TARGET, a rule backward(x, grad_output) -> grad_x",
         )
     return [Candidate(method="reverse mode", source=reverse_mode)]
@@ -76,7 +78,7 @@ def rounding_tolerance(
     def run() -> list[Tensor]:
         return [part for gradient in source(stage, measured) for part in gradient]
 
-    spread = measured_spread(run, unit=unit, samples=samples, seed=setting.program.seed)
+    spread = spread_of(stage, run, unit=unit, samples=samples)
     pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
     flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
     found = [flat[start : start + arguments] for start in range(0, len(flat), arguments)]
@@ -92,9 +94,19 @@ def value_rounding(stage: Stage, *, unit: float) -> Tensor:
         with torch.no_grad():
             return [value.detach() for value in stage.at_point()]
 
-    spread = measured_spread(run, unit=unit, samples=_VALUE_SAMPLES, seed=stage.program.seed)
+    spread = spread_of(stage, run, unit=unit, samples=_VALUE_SAMPLES)
     pairs = zip(spread.typical, spread.values, strict=True)
     return 2 * real_vector([by_parts(typical, value) for typical, value in pairs]).nan_to_num(nan=0.0, posinf=0.0)
+
+
+def spread_of(stage: Stage, run: Callable[[], Sequence[Tensor]], *, unit: float, samples: int) -> Spread:
+    """The spread of run(), which evaluates this stage, when every operation rounds at random.
+
+    Raises UnsupportedDerivative where the framework cannot play that.
+    """
+    if stage.program.is_torch:
+        return measured_spread(run, unit=unit, samples=samples, seed=stage.program.seed)
+    return played_spread(stage, run, unit=unit, samples=samples, seed=stage.program.seed)
 
 
 def _measured(cotangents: Sequence[Sequence[Tensor]], *, seed: int) -> tuple[list[Sequence[Tensor]], int]:

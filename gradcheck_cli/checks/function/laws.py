@@ -97,7 +97,7 @@ class LawChecks:
 
     def _same_graph(self) -> CheckResult | None:
         """A second backward through the same graph gives the same gradient."""
-        if self._setting.program.rule is not None or self._setting.program.framework != "torch":
+        if self._setting.program.rule is not None or not self._setting.program.is_torch:
             return None
         started = time.perf_counter()
         graph = self._stage.graph()
@@ -124,14 +124,14 @@ class LawChecks:
 
     def _interleaved(self) -> CheckResult | None:
         """A call with other numbers between forward and backward changes nothing."""
-        if self._setting.program.rule is not None or self._setting.program.framework != "torch":
+        if self._setting.program.rule is not None or not self._setting.program.is_torch:
             return None
         started = time.perf_counter()
         expected = self.gradient(self._w)
         graph = self._stage.graph()
         if not any(graph.connected):
             return None
-        other = [_others(value) for value in self._stage.point]
+        other = [other_numbers(value) for value in self._stage.point]
         try:
             with torch.enable_grad():
                 later = self._stage.outputs([value.requires_grad_() for value in other])
@@ -161,7 +161,7 @@ class LawChecks:
             found += [
                 (a.name, v, old) for a, v, old in zip(setting.program.arguments, values, stage.values, strict=True)
             ]
-        elif setting.program.framework == "torch":
+        elif setting.program.is_torch:
             graph = stage.graph()
             inputs = graph.leaves
             graph.gradient_from(upstream)
@@ -241,7 +241,7 @@ class LawChecks:
     def _random_state(self) -> CheckResult | None:
         """Global generators are drawn from, not reset."""
         program = self._setting.program
-        if program.framework != "torch" or not program.draws:
+        if not program.is_torch or not program.draws:
             return None
         started = time.perf_counter()
         states = []
@@ -318,7 +318,7 @@ def _zero_diagnosis(miss: Miss, *, ignored: bool) -> Diagnosis:
 _ULPS = 16.0
 
 
-def _others(value: Tensor) -> Tensor:
+def other_numbers(value: Tensor) -> Tensor:
     """Other numbers from the same domain, for a call in between: the same in reverse order."""
     return copy_of(value).flip(-1) if value.dim() and value.shape[-1] > 1 else copy_of(value) / 2
 

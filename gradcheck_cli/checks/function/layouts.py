@@ -73,14 +73,14 @@ class LayoutChecks:
 
     def run(self) -> Iterator[CheckResult]:
         """A row for every layout that differs, for expanded inputs and upstreams, and for batched derivatives."""
-        if self._setting.program.framework == "torch":
+        if self._setting.program.is_torch:
             for layout in _LAYOUTS:
                 yield from self._arranged(layout)
             yield from self._expanded_input()
             yield from self._arranged_upstreams()
         else:
             yield from self._negative_step()
-        if self._setting.program.rule is None and self._setting.program.framework == "torch":
+        if self._setting.program.rule is None and self._setting.program.is_torch:
             if self._overwrites or self._writes_in_place():
                 row = law_row(self._checks, "batched derivatives (vmap)")
                 yield skipped(row, "the code writes in place, which torch's vmap does not survive")

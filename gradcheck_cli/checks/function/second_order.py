@@ -8,17 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends.base import UnsupportedDerivative
 from gradcheck_cli.checks.candidate import DIFFERENCE_SAFETY
 from gradcheck_cli.checks.function.compare import NATURAL_ULPS, Miss, Seen, worst
 from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, DerivativeChecks
-from gradcheck_cli.checks.function.gradients import by_parts
+from gradcheck_cli.checks.function.gradients import by_parts, spread_of
 from gradcheck_cli.checks.function.slopes import Domain, joint_direction, stepped
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.derivatives.line_difference import differentiate_line
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.program import foreign
 from gradcheck_cli.program.outputs import as_real, real_vector
-from gradcheck_cli.program.rounding import SAFETY, measured_spread, tolerance
+from gradcheck_cli.program.rounding import SAFETY, tolerance
 from gradcheck_cli.program.stage import Stage, copy_of, inner
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 
@@ -43,7 +45,7 @@ class SecondOrderChecks:
         checks = self._checks
         started = time.perf_counter()
         row = checks.row("Hessian–vector product vs differences", "finite difference of the gradient", self._stage)
-        if checks.setting.program.rule is not None or checks.setting.program.framework != "torch":
+        if checks.setting.program.rule is not None or not checks.setting.differentiates:
             yield skipped(row, "a hand-written rule has no double backward")
             return
         exact = [stepped(direction, self._stage.point) for direction in self._planned]
@@ -72,6 +74,8 @@ class SecondOrderChecks:
     def _product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """H u for every varied argument; zeros where the gradient does not depend on it."""
         stage = self._stage
+        if not stage.program.is_torch:
+            return foreign.hessian_product(stage, self._w, direction)
         graph = stage.graph()
         # Torch marks the gradient of a once-differentiable backward only where something that enters it has a graph.
         upstream = [copy_of(w).requires_grad_() for w in self._w]
@@ -99,7 +103,10 @@ class SecondOrderChecks:
         least = [16 * unit * real_vector(list(product)).abs().nan_to_num(posinf=0.0) for product in products]
         if self._checks.setting.twin is None:
             return least
-        spread = measured_spread(run, unit=unit, samples=_SAMPLES, seed=self._checks.setting.program.seed)
+        try:
+            spread = spread_of(self._stage, run, unit=unit, samples=_SAMPLES)
+        except UnsupportedDerivative:
+            return least
         pairs = zip(tolerance(spread, unit=unit), spread.values, strict=True)
         flat = [by_parts(allowed.to(torch.float64), value) for allowed, value in pairs]
         count = len(self._stage.point)

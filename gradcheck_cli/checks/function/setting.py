@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.checks.function.plan import dtype_name
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.reference import Rounding
+from gradcheck_cli.program import foreign
 from gradcheck_cli.program.bypass import CustomFunction, custom_functions
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.program import Program, differentiable
@@ -62,6 +64,11 @@ class Setting:
     def center(self) -> Tensor:
         """The outputs at the point as one vector, as the witness computes them."""
         return real_vector(self.native_value if self.twin is None else self.twin_value)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the framework has gradients of its own."""
+        return self.program.is_torch or "reverse" in self.program.engine.information().modes
 
     @property
     def is_narrow(self) -> bool:
@@ -123,9 +130,10 @@ def unit_of(dtype: torch.dtype, device: torch.device) -> float:
 
 def _first_call(native: Stage) -> tuple[list[tuple[str, Tensor]], list[bool], tuple[CustomFunction, ...]]:
     program = native.program
-    if program.framework != "torch":
+    if not program.is_torch:
         found = program.call([copy_of(value) for value in native.values])
-        return found, [True] * len(found), ()
+        floating = tuple(differentiable(found))
+        return found, [True] * len(found), _foreign_rules(replace(native, kept=floating))
     everything = replace(native, kept=())
     with torch.enable_grad():
         leaves = [copy_of(value).requires_grad_() for value in native.point]
@@ -134,6 +142,23 @@ def _first_call(native: Stage) -> tuple[list[tuple[str, Tensor]], list[bool], tu
         except SoftcheckError:
             named = program.call(everything.with_point([leaf.clone() for leaf in leaves]))
     return named, [tensor.requires_grad for _, tensor in named], custom_functions([tensor for _, tensor in named])
+
+
+def _foreign_rules(stage: Stage) -> tuple[CustomFunction, ...]:
+    """The custom derivative rules that a call of another framework's function meets."""
+    if stage.program.rule is not None:
+        return ()
+    try:
+        found = foreign.custom_rules(stage)
+    except (SoftcheckError, NotImplementedError, RuntimeError):  # a function that cannot be traced
+        return ()
+    return tuple(_placed(rule) for rule in found)
+
+
+def _placed(rule: CustomRule) -> CustomFunction:
+    file, _, line = rule.place.rpartition(":")
+    known = bool(file) and line.isdigit()
+    return CustomFunction(name=rule.name, file=file if known else None, line=int(line) if known else None)
 
 
 def _kept(
@@ -171,7 +196,7 @@ def _observed(native: Stage) -> Observed:
     """What the function does on the inputs as given (autocast) and on float64 ones."""
     found: dict[Downcast, None] = {}
     draws = native.program.draws
-    if native.program.framework != "torch":
+    if not native.program.is_torch:
         return Observed(downcasts=(), draws=draws)
     wide = replace(native, values=tuple(widened(value) for value in native.values))
     for stage in (native, wide):
@@ -207,7 +232,7 @@ def _twin(
     watched = bool(observed.downcasts) or (observed.draws and narrowest != torch.float64)
     tries = [kept_wide, everywhere] if watched else [plain, kept_wide, everywhere]
     reason = ""
-    for twin in tries if program.framework == "torch" else [plain]:
+    for twin in tries if program.is_torch else [plain]:
         found, reason = _in_float64(twin, native_value)
         if found is not None:
             return twin, found, ""
