@@ -58,6 +58,11 @@ COMMANDS = {
         "model",
         "Check the gradients of a model checkpoint, and find the first layer that is wrong.",
     ),
+    "backends": CommandEntry(
+        "gradcheck_cli.commands.backends",
+        "backends",
+        "List the frameworks whose code can be checked, and why one cannot be used.",
+    ),
     "completion": CommandEntry(
         "gradcheck_cli.commands.completion",
         "completion",

@@ -49,9 +49,10 @@ class Candidate:
     """One derivative under check.
 
     `operator` applies it to a cotangent, or to a tangent if `by_column`; where there is something faster than one
-    product per line, `lines` gives tiles of it, or `batched` many products at once. `dtype` is the precision it must live up to;
-    `largest` the number of entries up to which it is checked entry by entry on its own accord; `floor` the size
-    of derivatives that the method cannot see, beside the dtype's own underflow.
+    product per line, `lines` gives tiles of it, or `batched` many products at once. `dtype` is the precision it must
+    live up to; `largest` the number of entries up to which it is checked entry by entry on its own accord; `floor`
+    the size of derivatives that the method cannot see, beside the dtype's own underflow; `flushes` says that numbers
+    below the smallest normal one become zero where it runs.
     """
 
     name: str
@@ -62,9 +63,15 @@ class Candidate:
     by_column: bool
     largest: int
     floor: float = 0.0
+    flushes: bool = False
     operator: Operator | None = None
     lines: LineSource | None = None
     batched: Batched | None = None
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the numbers round that the method computes with."""
+        return rounding_of(self.dtype, flushes=self.flushes)
 
     def row(self, reference: str) -> Row:
         """How the result is labelled."""
@@ -77,6 +84,15 @@ class Candidate:
             device=self.device,
             dtype=str(self.dtype).removeprefix("torch."),
         )
+
+
+def rounding_of(dtype: torch.dtype, *, flushes: bool) -> Rounding:
+    """The dtype's rounding; numbers flushed to zero lose all that lies below the smallest normal one.
+
+    Rounding to the nearest loses half a unit and flushing a whole one, so that the unit counts twice.
+    """
+    rounding = Rounding.of(dtype)
+    return replace(rounding, smallest=2 * torch.finfo(dtype).smallest_normal) if flushes else rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +121,7 @@ class CandidateCheck:
         self._problem = problem
         self._candidate = candidate
         self._reference = reference.transposed() if candidate.by_column else reference
-        bound = self._reference.bound_for(Rounding.of(candidate.dtype))
+        bound = self._reference.bound_for(candidate.rounding)
         self._bound = replace(bound, floor=bound.floor + candidate.floor)
         self._advance = advance
         self._has_bar = False
@@ -185,12 +201,12 @@ class CandidateCheck:
         a rule which mixes rows or takes one row's upstream gradient for all of them cannot look right.
         """
         blocks, size, entries = self._reference.left.shape[0], self._reference.outputs, self._reference.inputs
-        step = max(1, CPU_TILE // max(1, blocks * entries))
+        step = lines_at_once(blocks=blocks, entries=entries, outputs=size)
         shift = torch.arange(blocks, device=self._reference.left.hi.device)
         for chunk in _chunks(lines, step):
             index = torch.stack([(shift + line) % size for line in chunk], dim=1)
             if self._candidate.batched is not None:
-                yield self._batch(index, size, step=min(step, len(lines))), None, index
+                yield self._batch(index, size, step=max(step, index.shape[1])), None, index
                 continue
             parts = [self._apply(_unit(index[:, k], size)) for k in range(len(chunk))]
             bars = [part.bar for part in parts if part.bar is not None]
@@ -282,6 +298,11 @@ class _Counter:
     def __call__(self, lines: int) -> None:
         self._done += lines
         self._advance(self._done, self._total, self._label)
+
+
+def lines_at_once(*, blocks: int, entries: int, outputs: int) -> int:
+    """Lines of every block that make a tile."""
+    return min(outputs, max(1, CPU_TILE // max(1, blocks * entries)))
 
 
 def _unit(index: Tensor, size: int) -> Tensor:

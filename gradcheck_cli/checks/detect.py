@@ -9,27 +9,45 @@ from gradcheck_cli.backends.base import Backend
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import Problem, UserCode
 
+_FOREIGN = ("tensorflow", "jax")
+_HOMES = {"tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax"}
+"""Frameworks by the package of their arrays' class."""
+
 
 def choose_backend(name: str | None, code: list[UserCode], problem: Problem) -> Backend:
-    """The named backend; without a name NumPy, unless the code is torch's own or refuses NumPy arrays.
+    """The named backend; without a name that of the code, NumPy where nothing speaks for another.
 
-    A function is tried on the scores once: one that raises TypeError or AttributeError on a NumPy array and runs on
-    a torch tensor is written for torch.
+    TensorFlow and JAX are told by the source of the code, or by the arrays that it returns. Other functions are
+    tried on the scores once: one that raises TypeError or AttributeError on a NumPy array and runs on a torch tensor
+    is written for torch.
     """
     if name is not None:
         return load_backend(name)
     if any(_is_torch_object(one.call) for one in code):
         return load_backend("torch")
+    if not code:
+        return load_backend("numpy")
+    return load_backend(_by_source(code) or _by_trial(code[0], problem))
+
+
+def _by_source(code: list[UserCode]) -> str | None:
+    """TensorFlow or JAX, where the code uses one of them."""
+    from gradcheck_cli.program.build import framework_of
+
+    return next((found for one in code if (found := framework_of(one.call)) in _FOREIGN), None)
+
+
+def _by_trial(code: UserCode, problem: Problem) -> str:
+    if problem.scores.dtype == torch.bfloat16:
+        return "numpy"
     numpy = load_backend("numpy")
-    if not code or problem.scores.dtype == torch.bfloat16:
-        return numpy
-    arrays = 2 if code[0].takes_upstream else 1
+    arrays = 2 if code.takes_upstream else 1
     try:
-        code[0](*(numpy.native(_like(problem, position)) for position in range(arrays)))
+        result = code(*(numpy.native(_like(problem, position)) for position in range(arrays)))
     except SoftcheckError as refusal:
-        if isinstance(refusal.__cause__, TypeError | AttributeError) and _runs_on_torch(code[0], problem, arrays):
-            return load_backend("torch")
-    return numpy
+        refused = isinstance(refusal.__cause__, TypeError | AttributeError)
+        return "torch" if refused and _runs_on_torch(code, problem, arrays) else "numpy"
+    return _HOMES.get(type(result).__module__.partition(".")[0], "numpy")
 
 
 def _like(problem: Problem, position: int) -> torch.Tensor:

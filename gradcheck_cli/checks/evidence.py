@@ -9,7 +9,7 @@ from torch import Tensor
 from gradcheck_cli.checks.candidate import Candidate
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.cross_entropy import CrossEntropy
-from gradcheck_cli.functions.reference import JacobianReference, Rounding
+from gradcheck_cli.functions.reference import JacobianReference
 from gradcheck_cli.problem import Problem
 from gradcheck_cli.results import CheckResult, Diagnosis
 from gradcheck_cli.verdict.diagnosis import Evidence, diagnose
@@ -67,7 +67,7 @@ def _evidence(problem: Problem, reference: JacobianReference, candidate: Candida
     layout, function = problem.layout, problem.function
     block = 0 if layout.shared_output else row
     own = slice(row * layout.length, (row + 1) * layout.length) if layout.shared_output else slice(None)
-    bound = reference.bound_for(Rounding.of(candidate.dtype))
+    bound = reference.bound_for(candidate.rounding)
     answers = _Answers(candidate, reference)
     exact = reference.dense(block)[:, own]
     zero = answers.zero[block, own]

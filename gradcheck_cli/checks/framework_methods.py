@@ -1,26 +1,18 @@
 """The softmax functions that frameworks bring along, each differentiated by its framework's own two modes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from gradcheck_cli.backends import known_backends, load_backend
-from gradcheck_cli.backends.base import Backend, LinearMap, UnsupportedDerivative
+from gradcheck_cli.backends.base import Backend, UnsupportedDerivative
+from gradcheck_cli.checks.autodiff import BATCHED_ENTRIES, CALLED_ENTRIES, Autodiff, flushes_subnormals
 from gradcheck_cli.checks.built_in import METHODS, Context, no_value
-from gradcheck_cli.checks.candidate import Batched, Candidate, Operator
+from gradcheck_cli.checks.candidate import Candidate
 from gradcheck_cli.checks.judge import Row, skipped
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.functions.rows import RowLayout
 from gradcheck_cli.problem import UserCode
-from gradcheck_cli.results import CheckResult
-from gradcheck_cli.verdict.stream import Lines
+from gradcheck_cli.results import CheckResult, Verdict
 
-BATCHED_ENTRIES = 1 << 24
-"""Entries up to which a framework checks all of them unasked, many lines at a call: n = 4096."""
-CALLED_ENTRIES = 1 << 21
-"""The same with one call for every line, each of which takes a millisecond and counts as 2^13 entries."""
 _MODES = {"reverse": False, "forward": True}
 """Whether the mode gives columns."""
 _REFERENCE = "closed form (double-double)"
@@ -42,7 +34,10 @@ def framework_of_method(method: str) -> str | None:
 
 
 def framework_methods(context: Context, wanted: Sequence[str]) -> Iterator["Candidate | CheckResult"]:
-    """The wanted methods of other frameworks; one that cannot run here is a skipped row with its reason."""
+    """The wanted methods of other frameworks; one that cannot run here is a skipped row with its reason.
+
+    A function that raises although its framework has the dtype is an error: it was asked for and not verified.
+    """
     for method in wanted:
         name = framework_of_method(method)
         if name is None:
@@ -51,7 +46,13 @@ def framework_methods(context: Context, wanted: Sequence[str]) -> Iterator["Cand
         try:
             yield _candidate(context, load_backend(name), by_column=by_column)
         except (UnsupportedDerivative, SoftcheckError) as reason:
-            yield skipped(_row(context, name, by_column=by_column), str(reason).partition("\n")[0])
+            row = skipped(_row(context, name, by_column=by_column), str(reason).partition("\n")[0])
+            yield replace(row, verdict=Verdict.ERROR) if _is_unexpected(reason) else row
+
+
+def _is_unexpected(reason: Exception) -> bool:
+    """Whether the framework's function raised by itself, instead of the backend saying what it cannot do."""
+    return isinstance(reason, SoftcheckError) and isinstance(reason.__cause__, Exception)
 
 
 def _row(context: Context, backend: str, *, by_column: bool) -> Row:
@@ -72,18 +73,18 @@ def _method(*, by_column: bool) -> str:
 
 def _candidate(context: Context, backend: Backend, *, by_column: bool) -> Candidate:
     """The framework's own function at the scores, in their own shape. Raises UnsupportedDerivative, SoftcheckError."""
-    problem, layout = context.problem, context.problem.layout
-    function = problem.function
+    problem, function = context.problem, context.problem.function
     if by_column and (reason := no_value(context)) is not None:
         raise UnsupportedDerivative(reason)
-    own = backend.family(function.name, axis=layout.axis, options=function.options())
+    dtype = str(problem.scores.dtype).removeprefix("torch.")
+    if dtype not in backend.information().dtypes:
+        raise UnsupportedDerivative(f"{backend.name} has no {dtype}")
+    own = backend.family(function.name, axis=problem.layout.axis, options=function.options())
     if own is None:
         raise UnsupportedDerivative(f"{backend.name} offers no {function.name} of its own")
     code = UserCode(call=own, label=f"{backend.name}'s {function.name}", options={})
-    with code.running():
-        found = derivative_of(backend, code, [problem.scores], by_column=by_column)
-    operator = operator_of(found, code, layout, like=problem.scores, by_column=by_column)
-    batched = batched_of(found, code, layout, like=problem.scores, by_column=by_column)
+    found = Autodiff.of(problem, backend, code, by_column=by_column)
+    batched = found.can_batch
     return Candidate(
         name=function.name,
         method=_method(by_column=by_column),
@@ -91,7 +92,8 @@ def _candidate(context: Context, backend: Backend, *, by_column: bool) -> Candid
         device=backend.device(problem.scores),
         dtype=problem.scores.dtype,
         by_column=by_column,
-        largest=CALLED_ENTRIES if batched is None else BATCHED_ENTRIES,
-        operator=operator,
-        batched=batched,
+        flushes=flushes_subnormals(backend, problem.scores.dtype),
+        largest=BATCHED_ENTRIES if batched or found.lines == 1 else CALLED_ENTRIES,
+        operator=found.product,
+        batched=found.products if batched else None,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from gradcheck_cli.checks.built_in import Context, built_in_methods
 from gradcheck_cli.checks.candidate import Advance, Candidate, CandidateCheck, Coverage
 from gradcheck_cli.checks.evidence import Rebuild, explain_failure
+from gradcheck_cli.checks.framework_methods import framework_methods
 from gradcheck_cli.checks.judge import skipped
 from gradcheck_cli.checks.pictures import JacobianOf, Show, pictures
 from gradcheck_cli.checks.structure import StructureCheck
@@ -59,6 +60,8 @@ class JacobianCheck:
             yield self._reference_result()
         for method in built_in_methods(self._context, self._plan.methods):
             yield self._checked(method)
+        for method in framework_methods(self._context, self._plan.methods):
+            yield self._explained(method)
         if self._structure is not None:
             yield from StructureCheck(self._problem, self._reference, self._structure).run()
 
@@ -103,8 +106,11 @@ class JacobianCheck:
         """A result for the user's code, with the reason when it fails."""
         if self._own is None:
             self._own = self._structure = candidate
+        return self._explained(candidate, rebuild=rebuild)
+
+    def _explained(self, candidate: "Candidate | CheckResult", *, rebuild: Rebuild | None = None) -> CheckResult:
         result = self._checked(candidate)
-        if result.verdict is Verdict.FAIL:
+        if isinstance(candidate, Candidate) and result.verdict is Verdict.FAIL:
             diagnosis = explain_failure(self._problem, self._reference, candidate, result, rebuild=rebuild)
             return replace(result, diagnosis=diagnosis)
         return result

@@ -10,7 +10,7 @@ from gradcheck_cli.checks.candidate import DIFFERENCE_SAFETY, Candidate
 from gradcheck_cli.checks.judge import Row
 from gradcheck_cli.derivatives.probes import probe
 from gradcheck_cli.functions.double_double import DoubleDouble
-from gradcheck_cli.functions.reference import JacobianReference, Product, Rounding
+from gradcheck_cli.functions.reference import JacobianReference, Product
 from gradcheck_cli.problem import Problem
 from gradcheck_cli.results import CheckResult, Mismatch, Verdict
 from gradcheck_cli.verdict.compare import Worst, compare_product
@@ -30,7 +30,7 @@ class StructureCheck:
         self._problem = problem
         self._candidate = candidate
         self._reference = reference.transposed() if candidate.by_column else reference
-        self._bound = self._reference.bound_for(Rounding.of(candidate.dtype))
+        self._bound = self._reference.bound_for(candidate.rounding)
         self._finite = True
         self._known: dict[int, tuple[Tensor, Product, Tensor]] = {}
 

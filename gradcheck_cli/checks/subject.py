@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.backends.base import Backend, UnsupportedDerivative
-from gradcheck_cli.checks.candidate import Candidate, Operator
+from gradcheck_cli.checks.autodiff import BATCHED_ENTRIES, CALLED_ENTRIES, QUICK, Autodiff, flushes_subnormals
+from gradcheck_cli.checks.candidate import Candidate, Operator, rounding_of
 from gradcheck_cli.checks.judge import Row, dtype_name, judged, skipped
 from gradcheck_cli.derivatives.finite_difference import differentiate, exact_direction, step_ladder
 from gradcheck_cli.derivatives.line_sources import COMPLEX_STEP, COMPLEX_STEP_FLOOR, infinite_outputs
@@ -49,11 +50,17 @@ def backward_candidate(problem: Problem, subject: Subject, rule: UserCode) -> Ca
 
     def operator(direction: Tensor) -> Lines:
         upstream = layout.from_output_blocks(direction).to(problem.scores.dtype)
-        result = rule(backend.native(problem.scores), backend.native(upstream))
-        gradient = _gradient(backend.tensor(result, what=rule.label, like=problem.scores), rule.label, problem)
-        return Lines(layout.input_blocks(gradient))
+        found = _called(backend, rule, problem.scores, upstream)
+        return Lines(layout.input_blocks(_gradient(found, rule.label, problem)))
 
     return _candidate(problem, subject, rule.label, "hand-written backward", operator=operator)
+
+
+def _called(backend: Backend, code: UserCode, *arrays: Tensor) -> Tensor:
+    """What the code makes of these arrays, as its own framework holds them."""
+    with backend.running(arrays):
+        result = code(*(backend.native(array) for array in arrays))
+        return backend.tensor(result, what=code.label, like=arrays[0])
 
 
 def _refuse_complex(answer: Tensor, label: str) -> None:
@@ -79,6 +86,7 @@ def _candidate(problem: Problem, subject: Subject, name: str, method: str, **opt
         "device": subject.backend.device(problem.scores),
         "dtype": problem.scores.dtype,
         "by_column": False,
+        "flushes": flushes_subnormals(subject.backend, problem.scores.dtype),
         "largest": SUBJECT_ENTRIES,
     }
     return Candidate(**(settings | options))  # type: ignore[arg-type]  # the keys are Candidate's own
@@ -88,16 +96,15 @@ def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference:
     """The implementation's value against the exact one, before any derivative."""
     started = time.perf_counter()
     layout = problem.layout
-    value = subject.backend.tensor(
-        impl(subject.backend.native(problem.scores)), what=impl.label, like=problem.scores
-    ).detach()
+    value = _called(subject.backend, impl, problem.scores).detach()
     _refuse_complex(value, impl.label)
     if tuple(value.shape) != layout.output_shape:
         raise SoftcheckError(
             f"{impl.label} returned shape {tuple(value.shape)}, but {problem.function.name} of scores of shape "
             f"{tuple(problem.scores.shape)} along axis {layout.axis} has shape {layout.output_shape}"
         )
-    bound = reference.bound_for(Rounding.of(problem.scores.dtype))
+    dtype = problem.scores.dtype
+    bound = reference.bound_for(rounding_of(dtype, flushes=flushes_subnormals(subject.backend, dtype)))
     exact = Product(value=reference.value, bound=bound.value)
     defined = reference.defined_for(reference.outputs)
     worst = compare_product(layout.output_blocks(value), exact, defined=defined)
@@ -137,42 +144,49 @@ def impl_candidates(
         yield _difference_candidate(problem, subject, impl, reference)
         yield _complex_candidate(problem, subject, impl, reference)
         return
-    yield _autodiff_candidate(problem, subject, impl, by_column=False)
-    yield _autodiff_candidate(problem, subject, impl, by_column=True)
+    reverse = _autodiff_candidate(problem, subject, impl, by_column=False)
+    yield reverse
+    forward = _autodiff_candidate(problem, subject, impl, by_column=True)
+    if isinstance(reverse, CheckResult) and isinstance(forward, CheckResult):
+        raise SoftcheckError(f"{impl.label} cannot be differentiated: {reverse.reason}; {forward.reason}")
+    yield forward
 
 
 def _autodiff_candidate(
     problem: Problem, subject: Subject, impl: UserCode, *, by_column: bool
 ) -> "Candidate | CheckResult":
-    backend, layout = subject.backend, problem.layout
-    method = "forward mode" if by_column else "reverse mode"
-    points = [problem.scores]
-
-    def function(scores: object) -> list[object]:
-        return [impl(scores)]
-
+    mode = "forward mode" if by_column else "reverse mode"
     try:
-        if by_column:
-            found = backend.forward(function, points)
-            found.apply([torch.zeros_like(problem.scores)])  # whether the mode works shows only when it is used
-        else:
-            found = backend.reverse(function, points)
-    except (UnsupportedDerivative, RuntimeError, SoftcheckError) as reason:
-        if not by_column:
+        found = Autodiff.of(problem, subject.backend, impl, by_column=by_column)
+    except (NotImplementedError, SoftcheckError) as reason:
+        if not by_column and not isinstance(reason, NotImplementedError):
             raise
-        row = _candidate(problem, subject, impl.label, method).row("closed form (double-double)")
-        return skipped(row, f"no forward mode: {str(reason).splitlines()[0]}")
+        row = _candidate(problem, subject, impl.label, mode).row("closed form (double-double)")
+        return skipped(row, f"no {mode}: {_first_line(reason)}")
+    batched = found.can_batch
+    return _candidate(
+        problem,
+        subject,
+        impl.label,
+        mode,
+        by_column=by_column,
+        largest=_subject_entries(subject.backend, at_once=batched or found.lines == 1),
+        operator=found.product,
+        batched=found.products if batched else None,
+    )
 
-    def operator(direction: Tensor) -> Lines:
-        with impl.running():
-            if by_column:
-                (tangent,) = found.apply([layout.from_input_blocks(direction)])
-                assert tangent is not None
-                return Lines(layout.output_blocks(tangent))
-            (gradient,) = found.apply([layout.from_output_blocks(direction)])
-            return Lines(layout.input_blocks(torch.zeros_like(problem.scores) if gradient is None else gradient))
 
-    return _candidate(problem, subject, impl.label, method, by_column=by_column, operator=operator)
+def _first_line(reason: BaseException) -> str:
+    """What the framework said, without our own words around it."""
+    while isinstance(reason, SoftcheckError) and reason.__cause__ is not None:
+        reason = reason.__cause__
+    return next(iter(str(reason).splitlines()), type(reason).__name__)
+
+
+def _subject_entries(backend: Backend, *, at_once: bool) -> int:
+    if backend.name in QUICK:
+        return SUBJECT_ENTRIES
+    return BATCHED_ENTRIES if at_once else CALLED_ENTRIES
 
 
 def _difference_candidate(
@@ -191,7 +205,7 @@ def _difference_candidate(
 
         def curve(t: float) -> Tensor:
             nonlocal spacing
-            value = backend.tensor(impl(backend.native(point + t * exact)), what=impl.label, like=point)
+            value = _called(backend, impl, point + t * exact)
             spacing = max(spacing, torch.finfo(value.dtype).eps)
             return layout.output_blocks(value)
 
@@ -264,8 +278,7 @@ def jacobian_candidate(problem: Problem, subject: Subject) -> Candidate:
     """
     if subject.jacobian is not None:
         label, method = subject.jacobian.label, "Jacobian function"
-        result = subject.jacobian(subject.backend.native(problem.scores))
-        matrix = subject.backend.tensor(result, what=label, like=problem.scores)
+        matrix = _called(subject.backend, subject.jacobian, problem.scores)
     else:
         assert subject.stored is not None
         label, method, matrix = (

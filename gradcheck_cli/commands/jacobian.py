@@ -17,10 +17,16 @@ _EPILOG = """\b
 Examples:
   softcheck jacobian scores.npy
   softcheck jacobian logits.npy --function cross_entropy --target labels.npy
+  softcheck jacobian scores.npy --backend torch,tensorflow,jax
   softcheck jacobian scores.npy --backward library_x.py:softmax_backward
   softcheck jacobian scores.npy --impl mylib.ops:softmax --backend torch
   softcheck jacobian --stress --impl mylib.ops:softmax
 """
+
+
+def _joined(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> str | None:  # noqa: ARG001
+    """Repeated options as one list with commas, or None without any."""
+    return ",".join(values) if values else None
 
 
 @click.command(epilog=_EPILOG)
@@ -78,15 +84,20 @@ Examples:
 )
 @click.option(
     "--backend",
-    help="Framework of the code under test: numpy or torch; by default numpy, unless the code is torch's.",
+    metavar="NAME",
+    multiple=True,
+    callback=_joined,
+    help="Frameworks whose methods are compared: numpy, torch, tensorflow, jax or a third party's, several with commas "
+    "or repeated, or all that are installed; by default numpy and torch. With --impl, --backward or --jacobian the "
+    "framework of that code; by default the one that its source uses.",
 )
 @click.option(
     "--method",
     "methods",
     multiple=True,
     metavar="NAME",
-    help="Built-in method to run, or the beginning of several names; repeatable, by default all. `--method none` "
-    "checks the code under test alone.",
+    help="Built-in method to run, or the beginning of several names; repeatable, by default all of --backend. "
+    "`--method none` checks the code under test alone.",
 )
 @click.option(
     "--exhaustive/--no-exhaustive",

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 
 from gradcheck_cli import __version__
+from gradcheck_cli.backends import installed_backends, known_backends, load_backend
+from gradcheck_cli.checks.autodiff import QUICK
 from gradcheck_cli.checks.built_in import METHODS
 from gradcheck_cli.checks.candidate import Advance, Coverage
 from gradcheck_cli.checks.detect import choose_backend
+from gradcheck_cli.checks.framework_methods import framework_of_method, methods_of
 from gradcheck_cli.checks.jacobian import REFERENCE_METHOD, JacobianCheck, JacobianPlan
 from gradcheck_cli.checks.pictures import Show
 from gradcheck_cli.checks.setup import LossOptions, make_problem
@@ -25,6 +29,7 @@ from gradcheck_cli.sources.scores import StoredArray, read_array, read_scores
 from gradcheck_cli.sources.targets import load_target
 
 NO_METHOD = "none"
+_ALL = "all"
 _ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".json", ".csv", ".tsv", ".txt")
 
 
@@ -67,7 +72,7 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
         raise SoftcheckError("no scores are given", hint="name a file, - for standard input, or add --stress")
     if options["case"] is not None:
         raise SoftcheckError("--case names a case of --stress", hint="add --stress")
-    methods = resolve_methods(options["methods"])
+    methods = resolve_methods(options["methods"], _method_backends(options))
     device = resolve_device(options["device"])
     dtype = getattr(torch, options["dtype"]) if options["dtype"] else None
     stored = read_scores(options["scores"], key=options["key"], dtype=dtype)
@@ -97,27 +102,72 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
         subject=_subject_line(options, problem, stored),
         results=results,
         facts=_facts(problem, results),
-        environment=_environment(problem),
+        environment=_environment(problem, results),
         pictures=check.pictures(),
         notes=(*stored.notes, *check.notes()),
     )
 
 
-def resolve_methods(wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The built-in methods whose names begin with one of the wanted words; all of them without any word."""
-    known = (REFERENCE_METHOD, *METHODS)
+def named_backends(value: str | None) -> tuple[str, ...]:
+    """The frameworks of --backend, each once, all loaded; `all` stands for every installed one.
+
+    Raises SoftcheckError for a framework that is unknown, missing or cannot be imported.
+    """
+    found: list[str] = []
+    for name in [] if value is None else [word.strip() for word in value.split(",")]:
+        if name == _ALL:
+            found += installed_backends()
+        else:
+            load_backend(name)
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def the_backend(value: str | None) -> str | None:
+    """The one framework of the code under test. Raises SoftcheckError where --backend names several."""
+    if value is None or (value != _ALL and "," not in value):
+        return value
+    raise SoftcheckError(
+        f"--backend {value}: code under test is run by one framework",
+        hint="to compare built-in methods of others with it, name them: --method jax,tensorflow,torch",
+    )
+
+
+def _method_backends(options: JacobianOptions) -> tuple[str, ...]:
+    """The frameworks that --backend asks for methods of: none where it names that of the code under test."""
+    code = options["impl"] or options["backward"] or options["jacobian"]
+    return () if code else named_backends(options["backend"])
+
+
+def resolve_methods(wanted: tuple[str, ...], backends: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The built-in methods of these frameworks, of numpy and torch by default, whose names begin with a wanted word.
+
+    Without any word all of them. Other frameworks' methods can be asked for by the framework's whole name.
+    """
+    usual = (REFERENCE_METHOD, *(METHODS if not backends else [one for name in backends for one in methods_of(name)]))
     words = [word.strip() for value in wanted for word in value.split(",") if word.strip()]
     if not wanted:
-        return known
+        return usual
+    others = [name for name in known_backends() if name not in QUICK] if not backends else []
+    known = (*usual, *(method for name in others for method in methods_of(name)))
     if not words:
         raise SoftcheckError("--method is empty", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
     chosen: set[str] = set()
     for word in words:
-        found = [name for name in known if name.startswith(word)]
+        found = [name for name in known if name.startswith(word) and _is_named(name, word)]
         if not found and word != NO_METHOD:
             raise SoftcheckError(f"unknown method {word!r}", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
         chosen.update(found)
+    for method in chosen:
+        if (name := framework_of_method(method)) is not None and not backends:
+            load_backend(name)
     return tuple(name for name in known if name in chosen)
+
+
+def _is_named(method: str, word: str) -> bool:
+    """Whether the beginning of a method's name is enough: that of a framework to be loaded must be whole."""
+    framework = framework_of_method(method)
+    return framework is None or len(word) >= len(framework)
 
 
 def _loss_options(options: JacobianOptions) -> LossOptions:
@@ -141,22 +191,21 @@ def _subject(options: JacobianOptions, problem: Problem) -> Subject | None:
     stored, function = _jacobian_source(options["jacobian"], problem)
     code = [one for one in (impl, backward, function) if one is not None]
     if not code and stored is None:
-        if options["backend"] is not None:
-            raise SoftcheckError("--backend names the framework of code under test, but none is given")
         return None
-    backend = choose_backend(options["backend"], code, problem)
+    backend = choose_backend(the_backend(options["backend"]), code, problem)
 
     def native(one: UserCode | None) -> UserCode | None:
         return None if one is None else with_native_options(one, backend.native)
 
-    return Subject(
-        backend=backend,
-        impl=native(impl),
-        backward=native(backward),
-        jacobian=native(function),
-        stored=None if stored is None else stored.tensor,
-        stored_label="" if stored is None else stored.origin,
-    )
+    with backend.running([problem.scores]):
+        return Subject(
+            backend=backend,
+            impl=native(impl),
+            backward=native(backward),
+            jacobian=native(function),
+            stored=None if stored is None else stored.tensor,
+            stored_label="" if stored is None else stored.origin,
+        )
 
 
 def _code(spec: str | None, problem: Problem, *, takes_upstream: bool = False) -> UserCode | None:
@@ -259,12 +308,23 @@ def _coverage_line(entries: int, results: tuple[CheckResult, ...]) -> str:
     return f"{full} of {len(counted)} methods on every one of {entries:,} Jacobian entries, the others on probes"
 
 
-def _environment(problem: Problem) -> dict[str, str | int | bool]:
-    return _versions() | {
-        "device": device_label(problem.scores.device),
-        "dtype": str(problem.scores.dtype).removeprefix("torch."),
-        "seed": problem.seed,
-    }
+def _environment(problem: Problem, results: tuple[CheckResult, ...]) -> dict[str, str | int | bool]:
+    ran = {result.backend for result in results if result.verdict is not Verdict.SKIPPED}
+    return (
+        _versions()
+        | framework_versions(ran)
+        | {
+            "device": device_label(problem.scores.device),
+            "dtype": str(problem.scores.dtype).removeprefix("torch."),
+            "seed": problem.seed,
+        }
+    )
+
+
+def framework_versions(backends: Iterable[str]) -> dict[str, str | int | bool]:
+    """The versions of these frameworks under their names, other than numpy and torch, which always run."""
+    others = sorted(set(backends) - {*QUICK, "softcheck", ""})
+    return {name: load_backend(name).information().version for name in others}
 
 
 def _versions() -> dict[str, str | int | bool]:

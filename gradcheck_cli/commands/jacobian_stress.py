@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradcheck_cli.backends import load_backend
+from gradcheck_cli.checks.autodiff import QUICK
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.detect import choose_backend
 from gradcheck_cli.checks.setup import CROSS_ENTROPY, LossOptions, make_problem
@@ -16,6 +17,7 @@ from gradcheck_cli.checks.stress.lattice import LatticeOptions, base_case, latti
 from gradcheck_cli.checks.stress.own import OWN
 from gradcheck_cli.checks.stress.run import check_case, run_stress
 from gradcheck_cli.checks.stress.script import Script
+from gradcheck_cli.commands.jacobian_run import framework_versions, the_backend
 from gradcheck_cli.devices import device_label, resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import Problem, available_options, user_code
@@ -63,8 +65,13 @@ def stress_jacobian(
         subject=_subject_line(options),
         results=results,
         facts=_facts(results, plan, device),
-        environment=environment | {"device": device_label(device), "seed": options["seed"]},
-        notes=(*_notes(plan, named), *(row.reason for row in results if row.verdict is Verdict.PASS and row.reason)),
+        environment=environment
+        | framework_versions([code.backend.name])
+        | {"device": device_label(device), "seed": options["seed"]},
+        notes=(
+            *_notes(plan, named, code.backend.name),
+            *(row.reason for row in results if row.verdict is Verdict.PASS and row.reason),
+        ),
     )
 
 
@@ -82,7 +89,7 @@ def _code(
     impl = load_target(options["impl"]).value if options["impl"] else None
     backward = load_target(options["backward"]).value if options["backward"] else None
     if impl is None and backward is None:
-        if options["backend"] not in (None, "torch"):
+        if the_backend(options["backend"]) not in (None, "torch"):
             raise SoftcheckError("--backend names the framework of code under test, but none is given")
         own = StressedCode(
             backend=load_backend("torch"), impl=OWN[draft.function], impl_label=f"torch {draft.function}"
@@ -98,7 +105,7 @@ def _code(
         code.append(user_code(backward, label=label, available=available, takes_upstream=True))
     named = frozenset.intersection(*(frozenset(one.options) for one in code))
     stressed = StressedCode(
-        backend=choose_backend(options["backend"], code, problem),
+        backend=choose_backend(the_backend(options["backend"]), code, problem),
         impl=impl,
         impl_label=options["impl"] or "",
         backward=backward,
@@ -135,14 +142,16 @@ def _lattice_options(
     options: "JacobianOptions", dtypes: tuple[torch.dtype, ...], code: StressedCode, named: frozenset[str]
 ) -> LatticeOptions:
     own = code.backend.name == "numpy"
+    held = code.backend.information().dtypes
     return LatticeOptions(
         function=options["function"],
-        dtypes=tuple(one for one in dtypes if not own or one != torch.bfloat16),
+        dtypes=tuple(one for one in dtypes if str(one).removeprefix("torch.") in held),
         axis=options["axis"],
         every_axis=bool(named & {"axis", "dim"}),
         temperature=options["temperature"],
         takes_temperature="temperature" in named,
         upstream=code.has_upstream,
+        memory=code.backend.name in QUICK,
         reversed_memory=own,
         losses=named & set(_LOSS_OPTIONS),
     )
@@ -219,7 +228,7 @@ def _facts(results: tuple[CheckResult, ...], plan: LatticeOptions, device: torch
     )
 
 
-def _notes(plan: LatticeOptions, named: frozenset[str]) -> tuple[str, ...]:
+def _notes(plan: LatticeOptions, named: frozenset[str], backend: str) -> tuple[str, ...]:
     """What was left out, and why."""
     wanted = ["temperature"] if plan.temperature == 1 else []
     if plan.function == CROSS_ENTROPY:
@@ -227,6 +236,8 @@ def _notes(plan: LatticeOptions, named: frozenset[str]) -> tuple[str, ...]:
     missing = [name for name in wanted if name not in named]
     missing = missing if plan.every_axis else ["axis", *missing]
     notes = [f"not varied, because the code does not name them: {', '.join(missing)}"] if missing else []
+    if not plan.memory:
+        notes.append(f"memory layouts and writes into arguments were left out: arrays of {backend} have neither")
     if not plan.upstream:
         notes.append("no upstream gradient reaches a NumPy function: its value and its differences are checked")
     return tuple(notes)

@@ -13,6 +13,7 @@ from gradcheck_cli.checks.candidate import PROBES_BESIDE_ENTRIES, Advance, Cover
 from gradcheck_cli.checks.jacobian import REFERENCE_METHOD, JacobianCheck, JacobianPlan
 from gradcheck_cli.checks.judge import DEFAULT_RESOLUTION
 from gradcheck_cli.checks.pictures import Show
+from gradcheck_cli.checks.subject import Subject
 from gradcheck_cli.functions.rows import RowLayout
 from gradcheck_cli.functions.softmax import Softmax
 from gradcheck_cli.models.case import ModelCase
@@ -28,6 +29,7 @@ NATIVE_RESOLUTION = 1.0
 The bound of 50,257 classes in bfloat16 is 0.55 of the gradient, which by itself says nothing against the model.
 """
 _WIDE_ONLY = (REFERENCE_METHOD, "finite-difference", "complex-step")  # these compute in float64 whatever the dtype
+_SUBJECT_ROWS = 3  # its value, reverse mode, forward mode
 _CHUNK = 1 << 20
 _HALVES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -64,27 +66,45 @@ class _Rows:
 def head(
     case: ModelCase, logits: Tensor, *, wide_logits: Tensor, seed: int, budget: float | None, advance: Advance
 ) -> Iterator[CheckResult]:
+    """The rows of the group "head" by softcheck's own methods; see `head_of`."""
+    yield from head_of(
+        logits, axis=case.loss.axis, wide_logits=wide_logits, seed=seed, budget=budget, advance=advance, subject=None
+    )
+
+
+def head_of(
+    logits: Tensor,
+    *,
+    axis: int,
+    wide_logits: Tensor,
+    seed: int,
+    budget: float | None,
+    advance: Advance,
+    subject: Subject | None,
+) -> Iterator[CheckResult]:
     """The rows of the group "head": the softmax along the class axis of the model's logits.
 
     `logits` [..., classes, ...] are in the stored dtype, `wide_logits` those of the twin, whose numbers are taken in
     float64 whatever the twin's dtype; `budget` is a time in seconds after which no further method is begun. At most
-    four rows of logits are differentiated. A saturated softmax or an exp that needs its shift is told and never a
-    failure; logits that are not finite are an error.
+    four rows of logits are differentiated, by softcheck's own methods or those of the `subject`'s softmax (along
+    axis 1). A saturated softmax or an exp that needs its shift is told and never a failure; logits that are not
+    finite are an error.
     """
-    refused = _refused(case, logits, wide_logits)
+    refused = _refused(axis, logits, wide_logits)
     if refused is not None:
         yield refused
         return
-    layout = RowLayout(shape=tuple(logits.shape), axis=case.loss.axis % logits.dim(), keeps_axis=True)
+    layout = RowLayout(shape=tuple(logits.shape), axis=axis % logits.dim(), keeps_axis=True)
     rows = _figures(layout.row_matrix(logits.detach()))
     picked, described = _picked(rows, layout.length, seed)
     deadline = math.inf if budget is None else time.perf_counter() + budget
     wide_picked = in_float64(layout.row_matrix(wide_logits.detach())[picked])
-    task = _Task(picked=picked, described=described, seed=seed, deadline=deadline, advance=advance)
-    yield from _jacobians(wide_picked, (REFERENCE_METHOD, *METHODS), task)
+    task = _Task(picked=picked, described=described, seed=seed, deadline=deadline, advance=advance, subject=subject)
+    own_methods = METHODS if subject is None else ()
+    yield from _jacobians(wide_picked, (REFERENCE_METHOD, *own_methods), task)
     if logits.dtype != torch.float64:
         own = layout.row_matrix(logits.detach())[picked]
-        methods = tuple(name for name in METHODS if name not in _WIDE_ONLY)
+        methods = tuple(name for name in own_methods if name not in _WIDE_ONLY)
         yield from _jacobians(own, methods, task)
     yield _saturation(rows, logits)
     yield _overflow(rows, logits)
@@ -109,7 +129,7 @@ def _row(name: str, method: str, logits: Tensor, verdict: Verdict, reason: str) 
     )
 
 
-def _refused(case: ModelCase, logits: Tensor, wide_logits: Tensor) -> CheckResult | None:
+def _refused(axis: int, logits: Tensor, wide_logits: Tensor) -> CheckResult | None:
     """The one row where there is nothing to differentiate, or None."""
     name, method = "softmax at the model's logits", "softmax"
     if not logits.is_floating_point() or logits.dim() == 0 or logits.numel() == 0:
@@ -123,10 +143,10 @@ def _refused(case: ModelCase, logits: Tensor, wide_logits: Tensor) -> CheckResul
             count = f"{int(broken.sum()):,} of {broken.numel():,} logits"
             reason = f"{count} are NaN or inf in {dtype}: nothing can be checked"
             return _row(name, method, values, Verdict.ERROR, reason)
-    if logits.shape[case.loss.axis] == 1:
+    if logits.shape[axis] == 1:
         reason = "there is one class: its softmax is 1 whatever the logits, and every gradient is zero"
         return _row(name, method, logits, Verdict.SKIPPED, reason)
-    if bool(torch.isneginf(wide_logits).all(dim=case.loss.axis).all()):
+    if bool(torch.isneginf(wide_logits).all(dim=axis).all()):
         return _row(name, method, logits, Verdict.SKIPPED, "every row of logits is fully masked (all -inf)")
     return None
 
@@ -176,6 +196,7 @@ class _Task:
     seed: int
     deadline: float
     advance: Advance
+    subject: Subject | None
 
 
 def _jacobians(scores: Tensor, methods: tuple[str, ...], task: _Task) -> Iterator[CheckResult]:
@@ -195,15 +216,16 @@ def _jacobians(scores: Tensor, methods: tuple[str, ...], task: _Task) -> Iterato
         probes=PROBES_BESIDE_ENTRIES,
         resolution=DEFAULT_RESOLUTION if wide else NATIVE_RESOLUTION,
     )
-    plan = JacobianPlan(methods=methods, coverage=coverage, show=Show.NONE)
+    plan = JacobianPlan(methods=methods, coverage=coverage, show=Show.NONE, subject=task.subject)
     check = JacobianCheck(problem, plan, task.advance)
+    expected = len(methods) + (_SUBJECT_ROWS if task.subject is not None else 0)
     for done, result in enumerate(check.results(), start=1):
         named = _of_the_model(result, name, task.picked, task.described if done == 1 else "")
         yield named if wide else without_blindness(named)
-        if done == len(methods) and not wide:
+        if done == expected and not wide:
             return  # the laws that would follow were shown in float64
-        if time.perf_counter() > task.deadline and done < len(methods):
-            reason = f"the time was up after {done} of {len(methods)} methods"
+        if time.perf_counter() > task.deadline and done < expected:
+            reason = f"the time was up after {done} of {expected} methods"
             yield _row(f"other methods of the {name}", "", scores, Verdict.SKIPPED, reason)
             return
 

@@ -14,6 +14,7 @@ class Labels:
     group: str
     device: str
     dtype: torch.dtype
+    backend: str = "torch"
 
     def row(
         self,
@@ -40,7 +41,7 @@ class Labels:
             method=method,
             verdict=verdict,
             reference=reference,
-            backend="torch",
+            backend=self.backend,
             device=self.device,
             dtype=str(self.dtype).removeprefix("torch."),
             max_error=error,

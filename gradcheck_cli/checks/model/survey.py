@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,6 +65,13 @@ def survey(case: ModelCase, tensors: Mapping[str, Tensor] | None = None) -> Iter
     parameters = dict(case.module.named_parameters())
     buffers = dict(case.module.named_buffers())
     shown = {**parameters, **buffers} if tensors is None else dict(tensors)
+    yield from survey_of(shown, parameters=parameters.keys(), buffers=buffers.keys())
+
+
+def survey_of(
+    shown: Mapping[str, Tensor], *, parameters: Collection[str], buffers: Collection[str]
+) -> Iterator[CheckResult]:
+    """The same of any tensors by name; `parameters` and `buffers` say which names are known to be what."""
     lazy = [name for name, tensor in shown.items() if torch.nn.parameter.is_lazy(tensor)]
     weights = {
         name
@@ -79,7 +86,7 @@ def survey(case: ModelCase, tensors: Mapping[str, Tensor] | None = None) -> Iter
         for name, tensor in shown.items()
         if name not in unread and tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
     ]
-    finite = _finite(facts, unread=unread, known=parameters.keys(), buffers=buffers.keys())
+    finite = _finite(facts, unread=unread, known=parameters, buffers=buffers)
     yield replace(finite, seconds=time.perf_counter() - started)
     yield _plain(facts, weights)
 

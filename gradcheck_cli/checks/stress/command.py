@@ -31,7 +31,7 @@ class JacobianDescribe:
         contiguous = case.memory is Memory.CONTIGUOUS and case.upstream_memory is Memory.CONTIGUOUS
         if text is None or not plain or not contiguous:
             return self.by_name(case)
-        method = "reverse" if self.program.target is None else "none"
+        method = "torch-reverse" if self.program.target is None else "none"
         words = ["softcheck", "jacobian", "-", *self.words, *_options(case), "--method", method]
         return " ".join([f"{text} | {shlex.join(words)}", *_loss_words(case)])
 

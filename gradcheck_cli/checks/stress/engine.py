@@ -16,7 +16,7 @@ from gradcheck_cli.checks.stress.case import Calls, Case, Memory, Upstream, upst
 from gradcheck_cli.checks.stress.harness import Harness
 from gradcheck_cli.checks.subject import Subject, backward_candidate, forward_check, impl_candidates
 from gradcheck_cli.derivatives.probes import probe
-from gradcheck_cli.functions.reference import JacobianReference, Rounding
+from gradcheck_cli.functions.reference import JacobianReference
 from gradcheck_cli.problem import Problem, UserCode, available_options, user_code, with_native_options
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.verdict.compare import Worst, compare_product, detectable_ratio
@@ -65,7 +65,8 @@ class StressedCode:
             return None
         available = available_options(problem)
         code = user_code(target, label=label, available=available, takes_upstream=takes_upstream)
-        return harness.wrap(with_native_options(code, self.backend.native))
+        with self.backend.running([problem.scores]):
+            return harness.wrap(with_native_options(code, self.backend.native))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,7 @@ class JacobianEngine:
         expanded = case.memory is Memory.EXPANDED and self.code.backend.name == "numpy"
         if subject.impl is not None and not expanded:  # differences would move the one row that all share
             impl = subject.impl
-            found.append(_anew(lambda: next(impl_candidates(problem, subject, impl, reference)), case))
+            found.append(_anew(lambda: _derivative_of(problem, subject, impl, reference), case))
         return found
 
     def _derivative(
@@ -243,12 +244,21 @@ class JacobianEngine:
     def _product(candidate: Candidate, reference: JacobianReference, direction: Tensor) -> tuple[Worst, float]:
         assert candidate.operator is not None
         lines = candidate.operator(direction)
-        bound = reference.bound_for(Rounding.of(candidate.dtype))
+        bound = reference.bound_for(candidate.rounding)
         product = reference.vjp(direction, bound)
         bar = None if lines.bar is None else lines.bar * DIFFERENCE_SAFETY
         defined = reference.defined_for(reference.inputs)
         worst = compare_product(lines.values, product, defined=defined, bar=bar)
         return worst, detectable_ratio(product.value.hi, product.bound, defined=defined)
+
+
+def _derivative_of(
+    problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference
+) -> Candidate | CheckResult:
+    """The first derivative that the framework has for the code. Raises SoftcheckError where it has none."""
+    found = impl_candidates(problem, subject, impl, reference)
+    first = next(found)
+    return next(found) if isinstance(first, CheckResult) else first
 
 
 def _anew(make: Callable[[], Candidate | CheckResult], case: Case) -> Candidate | CheckResult:

@@ -1,4 +1,8 @@
-"""Calls code under test as a case asks: arrays laid out in memory, other calls before or between."""
+"""Calls code under test as a case asks: arrays laid out in memory, other calls before or between.
+
+Only NumPy and torch have memory layouts, and arrays that can be written into; those of other frameworks are handed
+over as they are.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -12,7 +16,7 @@ from torch import Tensor
 from gradcheck_cli.checks.stress.case import Calls, Case, Memory, lay_out
 from gradcheck_cli.problem import UserCode
 
-Array = Any  # a numpy.ndarray or a torch.Tensor: the code under test gets its own kind
+Array = Any  # a numpy.ndarray, a torch.Tensor or another framework's array: the code under test gets its own kind
 
 
 class Harness:
@@ -67,7 +71,7 @@ class Harness:
         return self._watch("the upstream gradient", laid)
 
     def _watch(self, what: str, array: Array) -> Array:
-        if self._case.calls is Calls.WATCHED:
+        if self._case.calls is Calls.WATCHED and isinstance(array, Tensor | np.ndarray):
             self._watched.append((what, array, array.clone() if isinstance(array, Tensor) else array.copy()))
         return array
 
@@ -75,6 +79,8 @@ class Harness:
 def _laid(values: Array, memory: Memory, *, axis: int | None) -> Array:
     if isinstance(values, Tensor):
         return lay_out(values.detach(), memory, axis=axis)
+    if not isinstance(values, np.ndarray | np.generic):
+        return values
     values = np.asarray(values)
     if memory is Memory.REVERSED and values.ndim:
         return np.ascontiguousarray(values[..., ::-1])[..., ::-1]
@@ -87,7 +93,8 @@ def _other(array: Array) -> Array:
     """Other numbers of the same kind and shape, for a call whose result nobody wants."""
     if isinstance(array, Tensor):
         return (array.detach() * 0.5 + 0.25).requires_grad_(array.requires_grad)
-    return np.asarray(array * 0.5 + 0.25, dtype=array.dtype)
+    other = array * 0.5 + 0.25
+    return np.asarray(other, dtype=array.dtype) if isinstance(array, np.ndarray | np.generic) else other
 
 
 class _Relay(torch.autograd.Function):

@@ -28,7 +28,8 @@ class LatticeOptions:
 
     `dtypes` are tried, the first being that of all other groups. `every_axis` is true where the code has an axis
     option; otherwise only `axis` is used. `upstream` is true where an upstream gradient is passed to the code,
-    `reversed_memory` where its arrays can have negative steps; `losses` names cross-entropy's options that it has.
+    `memory` where its arrays have memory layouts and can be written into, `reversed_memory` where they can have
+    negative steps; `losses` names cross-entropy's options that it has.
     """
 
     function: str
@@ -38,6 +39,7 @@ class LatticeOptions:
     temperature: float = 1.0
     takes_temperature: bool = False
     upstream: bool = True
+    memory: bool = True
     reversed_memory: bool = False
     losses: frozenset[str] = frozenset()
 
@@ -107,7 +109,7 @@ def _ranks(options: LatticeOptions) -> Iterator[Case]:
 
 
 def _layouts(options: LatticeOptions) -> Iterator[Case]:
-    kinds = [memory for memory in Memory if memory is not Memory.CONTIGUOUS]
+    kinds = [memory for memory in Memory if memory is not Memory.CONTIGUOUS] if options.memory else []
     for memory in kinds:
         if memory is Memory.REVERSED and not options.reversed_memory:
             continue
@@ -161,6 +163,8 @@ def _upstreams(options: LatticeOptions) -> Iterator[Case]:
 def _calls(options: LatticeOptions) -> Iterator[Case]:
     for calls in Calls:
         if calls is Calls.ONCE or (calls is Calls.BACKWARD_TWICE and not options.upstream):
+            continue
+        if calls is Calls.WATCHED and not options.memory:
             continue
         case = _case(options, "called twice", str(calls), normal(ROWS, LENGTH, options.dtype), promised=True)
         yield replace(case, calls=calls)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.sources.archives import open_archive
 from gradcheck_cli.sources.arrays import as_tensor
@@ -15,6 +17,12 @@ from gradcheck_cli.sources.wording import first_line
 
 
 def read_safetensors_tensors(source: Source) -> Checkpoint:
+    """The tensors of a .safetensors file under the names that the model gives them; raises as `stored_safetensors`."""
+    found = unwrap(stored_safetensors(source), origin=source.origin)
+    return Checkpoint(path=Path(source.origin), kind="safetensors", tensors=found.tensors, notes=found.notes)
+
+
+def stored_safetensors(source: Source) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, mapped from it, in the order of their places in the file.
 
     Raises SoftcheckError for a damaged file, for a header beyond 32 MiB, and if safetensors is not installed.
@@ -32,16 +40,19 @@ def read_safetensors_tensors(source: Source) -> Checkpoint:
     package = safetensors_package(source.origin)
     try:
         with package.safe_open(source.origin, framework="pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.offset_keys()}
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
     except (package.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise SoftcheckError(f"{source.origin}: a damaged .safetensors file: {first_line(error)}") from error
-    found = unwrap(stored, origin=source.origin)
-    return Checkpoint(path=Path(source.origin), kind="safetensors", tensors=found.tensors, notes=found.notes)
 
 
 def read_npz_tensors(source: Source) -> Checkpoint:
+    """The arrays of a .npz archive under the names that the model gives them; raises as `stored_npz`."""
+    found = unwrap(stored_npz(source), origin=source.origin)
+    return Checkpoint(path=Path(source.origin), kind="npz", tensors=found.tensors, notes=found.notes)
+
+
+def stored_npz(source: Source) -> dict[str, Tensor]:
     """The arrays of a .npz archive as tensors, in its order; raises SoftcheckError for damage and for pickles."""
     with open_archive(source) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-    found = unwrap({name: as_tensor(read_npz(source, name)) for name in names}, origin=source.origin)
-    return Checkpoint(path=Path(source.origin), kind="npz", tensors=found.tensors, notes=found.notes)
+    return {name: as_tensor(read_npz(source, name)) for name in names}

@@ -1,0 +1,195 @@
+"""JAX: arrays on any device, reverse and forward mode, hand-written rules set aside, jit, and rounding played."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from gradcheck_cli.backends import jax_arrays
+from gradcheck_cli.backends.base import (
+    Backend,
+    CustomRule,
+    Function,
+    Information,
+    LinearMap,
+    UnsupportedDerivative,
+)
+from gradcheck_cli.backends.jax_derivatives import AtPoint
+from gradcheck_cli.backends.jax_family import family
+from gradcheck_cli.backends.jax_graphs import interpreted, looks_at_numbers, reasons_told, traced
+from gradcheck_cli.backends.jax_rounding import Played, SeededDraws
+from gradcheck_cli.backends.jax_rules import RulesAside, rules_in
+from gradcheck_cli.backends.jax_start import devices, jax
+
+
+class JaxBackend(Backend):
+    """JAX arrays on the device of the scores; one thread at a time may set rules aside or play rounding."""
+
+    name = "jax"
+
+    def __init__(self) -> None:
+        self._aside: RulesAside | None = None
+        self._played: Played | None = None
+
+    def information(self) -> Information:
+        """JAX's version and the devices that it sees."""
+        return Information(
+            version=jax.__version__,
+            devices=tuple(jax_arrays.device_name(device) for device in devices()),
+            dtypes=("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+            modes=(
+                "reverse",
+                "forward",
+                "custom rules",
+                "compiled",
+                "batched",
+                "second order",
+                "rounding",
+                "softmax family",
+            ),
+        )
+
+    def running(self, points: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """64-bit numbers where a point has them, and the first point's device."""
+        return jax_arrays.running(points)
+
+    def native(self, tensor: Tensor) -> object:
+        """A copy as a JAX array; integers take the width that JAX is set to."""
+        return jax_arrays.array_of(tensor)
+
+    def is_array(self, value: object) -> bool:
+        """Arrays, and what stands for them while JAX traces."""
+        return isinstance(value, jax.Array)
+
+    def tensor(self, array: object, *, what: str, like: Tensor) -> Tensor:
+        """A copy of the array, of a number, or of a NumPy array."""
+        return jax_arrays.tensor_of(array, what=what, like=like)
+
+    def device(self, tensor: Tensor) -> str:
+        """The same GPU where JAX has it, otherwise the CPU."""
+        return jax_arrays.device_name(jax_arrays.device_of(tensor))
+
+    def evaluate(self, function: Function, points: Sequence[Tensor]) -> list[Tensor]:
+        """The function's values at the points."""
+        if self._played is None:
+            return super().evaluate(function, points)
+        with self.running(points), reasons_told():
+            at = self._at(function, points)
+            return self._tensors(interpreted(function, self._played)(*at.arrays), points)
+
+    def reverse(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
+        """Values and vᵀJ by `jax.vjp`; for complex numbers the gradient is PyTorch's, of Re⟨v̄, f⟩."""
+        with self.running(points), reasons_told():
+            at = self._at(function, points)
+            values, pull = at.reverse() if self._played is None else at.played_reverse(self._played)
+
+        def vjp(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+            with self.running(points), reasons_told():
+                return self._optional(pull([self.native(w) for w in cotangents]), points)
+
+        def batched(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+            with self.running(points), reasons_told():
+                return self._optional(jax.vmap(pull)([self.native(w) for w in cotangents]), points)
+
+        return LinearMap(values=tuple(self._tensors(values, points)), apply=vjp, apply_batched=batched)
+
+    def forward(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
+        """Values and J u by `jax.jvp`."""
+        with self.running(points), reasons_told():
+            at = self._at(function, points)
+            values = self._tensors(at.call(*at.moving), points)
+
+        def jvp(tangents: Sequence[Tensor]) -> list[Tensor | None]:
+            with self.running(points), reasons_told():
+                return self._optional(at.tangents([self.native(u) for u in tangents]), points)
+
+        def batched(tangents: Sequence[Tensor]) -> list[Tensor | None]:
+            with self.running(points), reasons_told():
+                return self._optional(jax.vmap(at.tangents)([self.native(u) for u in tangents]), points)
+
+        return LinearMap(values=tuple(values), apply=jvp, apply_batched=batched)
+
+    def custom_rules(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:
+        """The custom_vjp, custom_jvp and custom_gradient rules in the function's graph, other than the libraries' own.
+
+        Raises UnsupportedDerivative where JAX cannot trace the function.
+        """
+        with self.running(points):
+            graph = traced(function, *(self.native(point) for point in points))
+        return tuple(dict.fromkeys(rules_in(graph)))
+
+    @contextlib.contextmanager
+    def rules_set_aside(self, *, only: CustomRule | None = None) -> Iterator[None]:
+        """Inside, derivatives go through the forward of the user's custom rules (or of one of them) as written."""
+        before = self._aside
+        self._aside = RulesAside(only)
+        try:
+            yield
+        finally:
+            self._aside = before
+
+    def compiled(self, function: Function) -> Function:
+        """The function under `jax.jit`."""
+        run = jax.jit(function)
+
+        def compiled(*arrays: object) -> Sequence[object]:
+            try:
+                found: Sequence[object] = run(*arrays)
+            except Exception as problem:
+                if looks_at_numbers(problem):
+                    reason = "jax.jit cannot compile the function: it looks at the numbers in its arguments"
+                    raise UnsupportedDerivative(reason) from problem
+                raise
+            return found
+
+        return compiled
+
+    def eager(self) -> AbstractContextManager[object]:
+        """`jax.disable_jit()`."""
+        context: AbstractContextManager[object] = jax.disable_jit()
+        return context
+
+    def second_order(
+        self,
+        function: Function,
+        points: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        direction: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """H u by reverse mode over reverse mode: the gradient of ⟨u, gradient⟩."""
+        with self.running(points), reasons_told():
+            at = self._at(function, points)
+            upstream, moves = ([self.native(one) for one in vectors] for vectors in (cotangents, direction))
+            return self._optional(at.hessian_product(upstream, moves, self._played), points)
+
+    @contextlib.contextmanager
+    def rounding_played(self, *, unit: float, seed: int) -> Iterator[None]:
+        """Inside, `evaluate`, `reverse` and `second_order` run the function's graph with random rounding."""
+        before = self._played
+        self._played = Played(unit, SeededDraws(seed))
+        try:
+            yield
+        finally:
+            self._played = before
+
+    def seeded(self, seed: int) -> AbstractContextManager[object] | None:  # noqa: ARG002
+        """None: in JAX random numbers come from keys, which are arguments."""
+        return None
+
+    def family(self, name: str, *, axis: int, options: Mapping[str, object]) -> Callable[[object], object] | None:
+        """jax.nn.softmax, log_softmax, logsumexp, or the cross-entropy made of log_softmax."""
+        return family(name, axis=axis, options=options)
+
+    def _at(self, function: Function, points: Sequence[Tensor]) -> AtPoint:
+        """The function, without the rules that are set aside, and the points as arrays."""
+        chosen = function if self._aside is None else interpreted(function, self._aside)
+        return AtPoint(function=chosen, arrays=[self.native(point) for point in points])
+
+    def _tensors(self, values: Sequence[object], points: Sequence[Tensor]) -> list[Tensor]:
+        return [self.tensor(value, what="the function", like=points[0]) for value in values]
+
+    def _optional(self, values: Sequence[object], points: Sequence[Tensor]) -> list[Tensor | None]:
+        return [
+            None if value is None else self.tensor(value, what="the derivative", like=points[0]) for value in values
+        ]

@@ -1,0 +1,228 @@
+"""How each operation of TensorFlow rounds: not at all, once per result, or along the sums inside it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradcheck_cli.program.kernels import ACCUMULATOR, FLOAT16_UNIT, Rounding, growth
+
+_FUNCTION_ULPS = 2.0
+"""Exponentials and the like: their errors have a root mean square of 0.5 to 1.1 units where ξ leaves 0.6."""
+_ALONG = 0.07
+_ACROSS = 0.25
+"""Growth of sums with √length. Measured in float32, random signs, units of u·√Σa², length 16 / 64 / 256 / 1024 / 16384:
+along the last axis 1.0 1.2 1.5 1.8 5.0, across it (one addition per row) 1.0 1.6 2.7 5.2 16.5; cumulative and segment
+sums 1.2 2.9 5 7.5 33; products 1.2 2.5 5.0 5.0 5.6, of single rows 1.4 2.2 4.9 8.2 40."""
+_WINDOW = 9.0
+"""Terms in a window, where nothing tells."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perturbation:
+    """Sizes of the random relative errors of the operands before an operation and of its results after it.
+
+    `by_norm` measures those of the operands by the largest entry of each matrix.
+    """
+
+    operands: float = 0.0
+    results: float = 0.0
+    by_norm: bool = False
+
+
+EXACT = Perturbation()
+
+
+def perturbation(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], unit: float) -> Perturbation:
+    """What plays the rounding of an operation with roundoff `unit`; what is not known is taken for a reduction."""
+    if name in _MOVES or name.startswith(_MOVE_STARTS) or (name in _SCALINGS and _by_power_of_two(inputs)):
+        return EXACT
+    if name in _ONE_STEP:
+        return Perturbation(results=unit)
+    if name in _FUNCTIONS:
+        return Perturbation(results=_FUNCTION_ULPS * unit)
+    kind = _kind(name, inputs)
+    operands, results = growth(kind, _length(name, inputs, attributes))
+    if kind is Rounding.SUM:
+        operands = max(operands, _sum_growth(name, inputs))
+    inner = _inner_unit(name, kind, unit)
+    by_norm = kind is Rounding.DECOMPOSITION
+    return Perturbation(operands=inner * operands, results=math.hypot(unit, inner * results), by_norm=by_norm)
+
+
+def _kind(name: str, inputs: Sequence[Any]) -> Rounding:
+    if name in _PRODUCTS:
+        thin = any(1 in value.shape[-2:] for value in inputs[:2])
+        return Rounding.VECTOR_PRODUCT if thin or "BackpropFilter" in name else Rounding.PRODUCT
+    named = {
+        Rounding.FUSED: name in _FUSED,
+        Rounding.SERIES: name in _SERIES or name.startswith("Bessel"),
+        Rounding.SCATTER: name in _SCATTERS,
+        Rounding.DECOMPOSITION: name in _DECOMPOSITIONS,
+    }
+    return next((kind for kind, is_it in named.items() if is_it), Rounding.SUM)
+
+
+def _inner_unit(name: str, kind: Rounding, unit: float) -> float:
+    """The unit roundoff in which the kernel adds up.
+
+    On the CPU, below float32: softmax kernels, scatters, cumulative sums and float16 sums work in the dtype itself,
+    products and gradients of filters partly (half its errors), convolutions in float32 but for their last steps.
+    """
+    if kind in (Rounding.FUSED, Rounding.SERIES, Rounding.SCATTER, Rounding.DECOMPOSITION):
+        return unit
+    wide = min(unit, ACCUMULATOR)
+    if kind is Rounding.SUM:
+        return unit if unit == FLOAT16_UNIT else wide
+    return max(wide, unit / 8 if name in _CONVOLUTIONS else unit / 2) if unit > ACCUMULATOR else unit
+
+
+def _length(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> float:
+    """Terms per result; the longest axis where it is not known."""
+    shapes = [tuple(value.shape) for value in inputs]
+    longest = float(max((max(shape, default=1) for shape in shapes), default=1))
+    if name in _SUMS:
+        return float(math.prod(shapes[0])) / max(1.0, _kept(inputs))
+    if name == "AddN":
+        return float(len(inputs))
+    if "MatMul" in name:
+        transposed = attributes.get("transpose_a") or attributes.get("adj_x")
+        return float(shapes[0][-2 if transposed else -1]) if shapes[0] else 1.0
+    if name in _CONVOLUTIONS:
+        return float(math.prod(shapes[1][:-1]))
+    if "BackpropInput" in name:
+        return float(math.prod(shapes[1]) / max(1, shapes[1][-2]))
+    if "BackpropFilter" in name:
+        return float(math.prod(shapes[2][:-1]))
+    if name in _SEGMENTS:
+        return _repeats(inputs[1])
+    if name in _SCATTERS and not name.startswith("Cum"):
+        return _WINDOW
+    return longest
+
+
+def _kept(inputs: Sequence[Any]) -> float:
+    """Results of a sum along axes: the sizes of the others."""
+    shape = tuple(inputs[0].shape)
+    return float(math.prod(size for axis, size in enumerate(shape) if axis not in _axes(inputs)))
+
+
+def _axes(inputs: Sequence[Any]) -> set[int]:
+    rank = len(inputs[0].shape)
+    if len(inputs) < 2:
+        return set(range(rank))
+    return {int(axis) % max(rank, 1) for axis in np.asarray(inputs[1].numpy()).reshape(-1)}
+
+
+def _sum_growth(name: str, inputs: Sequence[Any]) -> float:
+    if name == "BiasAddGrad":
+        return _ACROSS * math.sqrt(math.prod(inputs[0].shape[:-1]))
+    if name not in _SUMS or not inputs[0].shape:
+        return 1.0
+    last = len(inputs[0].shape) - 1
+    terms = float(math.prod(inputs[0].shape)) / max(1.0, _kept(inputs))
+    return (_ALONG if last in _axes(inputs) else _ACROSS) * math.sqrt(terms)
+
+
+def _repeats(indices: Any) -> float:
+    """How often the most frequent place occurs."""
+    found = np.asarray(indices.numpy()).reshape(-1)
+    return float(np.bincount(found[found >= 0]).max(initial=1))
+
+
+def _by_power_of_two(inputs: Sequence[Any]) -> bool:
+    """Whether a scalar operand (of a division: the divisor) is a power of two."""
+    return any(_is_power_of_two(value) for value in inputs if not value.shape and value.dtype.is_floating)
+
+
+def _is_power_of_two(value: Any) -> bool:
+    number = float(value.numpy())
+    return math.isfinite(number) and abs(math.frexp(number)[0]) == 0.5
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MOVE_STARTS = (
+    "Random",
+    "StatelessRandom",
+    "StatelessTruncated",
+    "Stateful",
+    "TensorList",
+    "TensorArray",
+    "MatrixDiag",
+    "MatrixSetDiag",
+    "MatrixBandPart",
+    "Placeholder",
+    "ResourceGather",
+    "Queue",
+    "Stack",
+    "Iterator",
+    "Optional",
+    "Lookup",
+    "Read",
+)
+_MOVES = _names(
+    """
+    Identity IdentityN Reshape ExpandDims Squeeze Transpose ConjugateTranspose Pack Unpack Concat ConcatV2 Split SplitV
+    Slice StridedSlice StridedSliceGrad Gather GatherV2 GatherNd Where Select SelectV2 Pad PadV2 MirrorPad Tile
+    BroadcastTo Fill Const ZerosLike OnesLike Range Neg Abs Sign Max Min Maximum Minimum Floor Ceil Round Rint FloorDiv
+    FloorMod Mod TruncateMod TruncateDiv Relu Relu6 ReluGrad Relu6Grad MaxPool MaxPoolV2 MaxPool3D
+    MaxPoolWithArgmax MaxPoolGradGrad TopK TopKV2 Sort Unique UniqueV2 StopGradient PreventGradient CheckNumerics
+    CheckNumericsV2 Print PrintV2 VarHandleOp Bitcast Real Imag Conj Complex Reverse ReverseV2 ReverseSequence Roll
+    DepthToSpace SpaceToDepth BatchToSpace BatchToSpaceND SpaceToBatch SpaceToBatchND ExtractImagePatches Diag DiagPart
+    OneHot DynamicPartition DynamicStitch ParallelDynamicStitch TensorScatterUpdate TensorScatterMax TensorScatterMin
+    TensorStridedSliceUpdate ClipByValue Snapshot EnsureShape NextAfter UnsortedSegmentMax UnsortedSegmentMin SegmentMax
+    SegmentMin Cast PyFunc EagerPyFunc PyFuncStateless HostConst MutexLock TruncatedNormal ParameterizedTruncatedNormal
+    Multinomial Copy CopyHost InplaceUpdate DeepCopy QuantizeAndDequantizeV4 StackPopV2 FusedBatchNormGradV0 XlaSharding
+    ResizeNearestNeighbor DataFormatVecPermute LowerBound UpperBound Dequantize GuaranteeConst
+    """
+)
+_SCALINGS = _names("Mul RealDiv Div")
+_ONE_STEP = _names(
+    """
+    Add AddV2 Sub Mul MulNoNan Div RealDiv DivNoNan Reciprocal Inv ReciprocalGrad InvGrad Sqrt Rsqrt SqrtGrad RsqrtGrad
+    Square SquaredDifference LinSpace BiasAdd BiasAddV1 LeakyRelu LeakyReluGrad SigmoidGrad TanhGrad EluGrad SeluGrad
+    SoftsignGrad ComplexAbs AccumulateNV2 Lerp
+    """
+)
+_FUNCTIONS = _names(
+    """
+    Exp Expm1 Log Log1p Sin Cos Tan Asin Acos Atan Atan2 Sinh Cosh Tanh Asinh Acosh Atanh Erf Erfc Softplus SoftplusGrad
+    Softsign Elu Selu Xlogy Xlog1py Xdivy Angle
+    """
+)
+_SERIES = _names("Sigmoid Pow Digamma Polygamma Lgamma Igamma Igammac IgammaGradA Betainc Zeta Erfinv Ndtri Ndtr")
+_FUSED = _names(
+    """
+    Softmax LogSoftmax SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits Cross Prod
+    """
+)
+_SUMS = _names("Sum Mean EuclideanNorm")
+_CONVOLUTIONS = _names("Conv2D Conv3D Conv DepthwiseConv2dNative")
+_PRODUCTS = _CONVOLUTIONS | _names(
+    """
+    MatMul BatchMatMul BatchMatMulV2 BatchMatMulV3 SparseMatMul _FusedMatMul Einsum Conv2DBackpropInput
+    Conv2DBackpropInputV2 Conv3DBackpropInput Conv3DBackpropInputV2 DepthwiseConv2dNativeBackpropInput
+    Conv2DBackpropFilter Conv2DBackpropFilterV2 Conv3DBackpropFilter Conv3DBackpropFilterV2
+    DepthwiseConv2dNativeBackpropFilter
+    """
+)
+_SEGMENTS = _names("UnsortedSegmentSum SegmentSum UnsortedSegmentProd SegmentProd SegmentMean")
+_SCATTERS = _SEGMENTS | _names(
+    """
+    ScatterNd TensorScatterAdd TensorScatterSub Cumsum Cumprod CumulativeLogsumexp MaxPoolGrad MaxPoolGradV2
+    MaxPool3DGrad MaxPoolGradWithArgmax AvgPoolGrad AvgPool3DGrad ResizeBilinearGrad ResizeBicubicGrad
+    ResizeNearestNeighborGrad
+    """
+)
+_DECOMPOSITIONS = _names(
+    """
+    Cholesky CholeskyGrad MatrixInverse MatrixSolve MatrixTriangularSolve Qr Svd SelfAdjointEig SelfAdjointEigV2 Eig
+    MatrixDeterminant LogMatrixDeterminant MatrixExponential MatrixSquareRoot MatrixLogarithm MatrixSolveLs Lu
+    TridiagonalSolve BandedTriangularSolve
+    """
+)

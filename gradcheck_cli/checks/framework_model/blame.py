@@ -1,0 +1,162 @@
+"""What in the code makes a gradient wrong: the custom rule that mends it when it is set aside, and its mistake."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gradcheck_cli.backends.base import CustomRule
+from gradcheck_cli.checks.framework_model.examine import Examined
+from gradcheck_cli.checks.framework_model.probe import Probe
+from gradcheck_cli.checks.framework_model.settings import rules_of
+from gradcheck_cli.checks.function.compare import Miss, against_gradient, worst
+from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY
+from gradcheck_cli.checks.function.explain import explain
+from gradcheck_cli.checks.function.gradients import Gradient, reverse_mode
+from gradcheck_cli.checks.function.wording import shown_path
+from gradcheck_cli.checks.model.worst import worst_entry
+from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.results import Diagnosis, Mismatch
+from gradcheck_cli.sources.wording import some_of
+
+_COLUMNS = 24
+"""Entries of an argument up to which its part of a Jacobian is recovered by differences alone: 48 calls each."""
+_SAME_FACTOR = 1e-6
+_VAGUE = ("unrecognised", "custom-function")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """Why a gradient is wrong, the worst entry where it is known, the rules to blame and the arguments concerned."""
+
+    diagnosis: Diagnosis
+    worst: Mismatch | None = None
+    rules: tuple[CustomRule, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+
+def blame(examined: Examined, *, among: str = "its code") -> Blame:
+    """The reason for a gradient that the witnesses contradict; `among` is where the fault is if no rule is to blame."""
+    probe, right = examined.probe, examined.right
+    misses = _misses(probe, right)
+    names = [probe.setting.places()[miss.argument] for miss in misses]
+    rules = culprits(probe, right)
+    found, factor = _diagnosis(examined, misses), None
+    entry: Mismatch | None = None
+    if right is not None:
+        places = probe.setting.places()
+        claimed = dict(zip(places, probe.gradient, strict=True))
+        entry, factor = worst_entry(claimed, dict(zip(places, right, strict=True)), names)
+    text = _named(rules) or f"the fault is in {among}"
+    detail: dict[str, str | float] = {}
+    if rules:
+        detail = {"function": rules[0].name, **({"place": rules[0].place} if rules[0].place else {})}
+    code = "unrecognised" if found is None else found.code
+    if factor is not None and code in _VAGUE:
+        code, text = ("sign" if factor == -1.0 else "scale"), f"{text}: the gradient is {factor:.9g} times the true one"
+        detail["factor"] = factor
+    elif found is not None and found.code not in _VAGUE:
+        text, detail = f"{text}: {_within_sentence(found.message)}", {**detail, **found.detail}
+    wrong = f"; wrong by it: {some_of(names)}" if names else ""
+    diagnosis = Diagnosis(code=code, message=f"{text}{wrong}", detail=detail)
+    return Blame(diagnosis=diagnosis, worst=entry, rules=tuple(rules), arguments=tuple(names))
+
+
+def _named(rules: Sequence[CustomRule]) -> str:
+    listed = [f"{rule.name}{f' at {shown_path(rule.place)}' if rule.place else ''}" for rule in rules]
+    if not listed:
+        return ""
+    return (
+        f"the custom derivative rule{'s' * (len(listed) > 1)} {some_of(listed)} {'are' if listed[1:] else 'is'} wrong"
+    )
+
+
+def _within_sentence(message: str) -> str:
+    first = message[:1] if message[1:2].isupper() else message[:1].lower()
+    return first + message[1:].rstrip(".")
+
+
+def _misses(probe: Probe, right: Gradient | None) -> list[Miss]:
+    """The worst miss of every argument whose gradient is wrong."""
+    found = []
+    for place, got in enumerate(probe.gradient):
+        if not probe.chosen[place] or not got.numel():
+            continue
+        if right is not None:
+            allowed = NATIVE_SAFETY * probe.tolerance[0][place]
+            miss, _ = against_gradient([[got]], [[right[place]]], [[allowed]])
+        else:
+            miss, slope = probe.along(probe.part(place), argument=place)
+            miss = replace(miss, kink=slope.kink)
+        if miss.ratio > 1 and not miss.kink:
+            found.append(replace(miss, argument=place))
+    return found
+
+
+def _diagnosis(examined: Examined, misses: Sequence[Miss]) -> Diagnosis | None:
+    """The mistake by the means of `softcheck function`; by differences alone where few entries are to be moved."""
+    probe, places = examined.probe, examined.probe.setting.places()
+    if not misses:
+        return None
+    zero = [miss for miss in misses if not bool(probe.gradient[miss.argument].any())]
+    if len(zero) == len(misses):
+        names = some_of([places[miss.argument] for miss in zero])
+        text = f"no gradient comes to {names}, although the value depends on it: its path is detached"
+        return Diagnosis(code="zero-gradient", message=text)
+    if examined.right is None and (same := _one_factor(misses)) is not None:
+        text = f"the gradient is {same:.6g} times the true one"
+        code = "sign" if abs(same + 1) < _SAME_FACTOR else "scale"
+        return Diagnosis(code=code, message=text, detail={"factor": same})
+    decisive = worst([miss for miss in misses if miss not in zero])
+    if examined.right is None and probe.stage.point[decisive.argument].numel() > _COLUMNS:
+        return None
+    if probe.failed is None or probe.failed[0].argument < 0:
+        probe.failed = (decisive, probe.stage)
+    probe.blamed = list(misses)
+    with contextlib.suppress(SoftcheckError, NotImplementedError, RuntimeError):
+        return probe.diagnosis(explain)
+    return None
+
+
+def _one_factor(misses: Sequence[Miss]) -> float | None:
+    """The factor that all of several arguments' gradients are off by along their directions."""
+    factors = [miss.got / miss.expected for miss in misses if miss.expected]
+    if len(factors) < 2 or len(factors) < len(misses):
+        return None
+    same = all(abs(factor - factors[0]) <= _SAME_FACTOR * abs(factors[0]) for factor in factors)
+    return factors[0] if same else None
+
+
+def culprits(probe: Probe, right: Gradient | None) -> list[CustomRule]:
+    """The one rule that mends the gradient when it is set aside, otherwise all that change it, otherwise none."""
+    if right is None:
+        return []
+    changing = []
+    for rule in rules_of(probe.setting):
+        got = without(probe, rule)
+        if got is None:
+            continue
+        if is_right(probe, got, right):
+            return [rule]
+        if not is_right(probe, got, probe.gradient):
+            changing.append(rule)
+    return changing
+
+
+def without(probe: Probe, rule: CustomRule) -> Gradient | None:
+    """The gradient with one rule set aside; None where the framework cannot do that."""
+    setting = probe.setting
+    try:
+        with setting.program.engine.rules_set_aside(only=rule):
+            return reverse_mode(probe.stage, setting.cotangents)[0]
+    except (SoftcheckError, NotImplementedError, RuntimeError):
+        return None
+
+
+def is_right(probe: Probe, got: Gradient, right: Gradient) -> bool:
+    """Whether every entry of the chosen arguments is this right one, but for rounding."""
+    pairs = [
+        against_gradient([[a]], [[b]], [[NATIVE_SAFETY * allowed]])[0].ratio <= 1
+        for a, b, allowed, chosen in zip(got, right, probe.tolerance[0], probe.chosen, strict=True)
+        if chosen and a.numel()
+    ]
+    return all(pairs)

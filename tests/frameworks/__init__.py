@@ -1,0 +1,1 @@
+"""Right and wrong functions of TensorFlow and JAX for `softcheck function`."""

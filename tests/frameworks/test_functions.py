@@ -1,0 +1,47 @@
+"""`softcheck function` in TensorFlow and JAX: wrong gradients fail under their name, right ones are not accused."""
+
+import pytest
+import torch
+
+from gradcheck_cli.results import Verdict
+from tests.frameworks import right_jax, right_tensorflow, wrong_jax, wrong_tensorflow
+from tests.frameworks.case import Case, failing, told
+
+RIGHT = [*right_jax.RIGHT, *right_tensorflow.RIGHT]
+WRONG = [*wrong_jax.WRONG, *wrong_tensorflow.WRONG]
+EVERY = 4
+"""One right function in four runs in every dtype unasked; the others are marked slow."""
+
+
+def label(one: object) -> str:
+    return f"{one.framework} {one.name}" if isinstance(one, Case) else str(one)
+
+
+def spread(cases: list[Case]) -> list[object]:
+    return [
+        one if place % EVERY == 0 else pytest.param(one, marks=pytest.mark.slow) for place, one in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize("one", WRONG, ids=label)
+def test_a_wrong_gradient_fails_under_its_name(one: Case) -> None:
+    rows = one.check()
+    found = failing(rows)
+    assert found, told(rows)
+    codes = {row.diagnosis.code for row in found if row.diagnosis is not None}
+    assert codes & set(one.accepted), told(rows)
+
+
+@pytest.mark.parametrize("one", spread(RIGHT), ids=label)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_right_gradient_is_not_accused(one: Case, dtype: torch.dtype) -> None:
+    rows = one.check(dtype)
+    assert not failing(rows), told(rows)
+    assert any(row.verdict is Verdict.PASS and row.check == "derivative" for row in rows), told(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", RIGHT, ids=label)
+def test_a_right_second_derivative_is_not_accused(one: Case) -> None:
+    rows = one.check(order=2)
+    assert not failing(rows), told(rows)
