@@ -50,17 +50,18 @@ RIGHT = {
 WRONG = (
     Wrong(name="softmax_missing_term", codes=("missing-dot-product",)),
     Wrong(name="compiled_missing_term", codes=("missing-dot-product",)),
-    Wrong(name="log_softmax_wrong", codes=("upstream-ignored",)),
+    Wrong(name="log_softmax_wrong", codes=("wrong-contraction",)),
     Wrong(name="square_wrong", codes=("scale",)),
-    Wrong(name="tanh_wrong", codes=("unrecognised",), frameworks=("jax",)),
+    Wrong(name="tanh_wrong", codes=("wrong-contraction",), frameworks=("jax",)),
     Wrong(name="tanh_not_a_number", codes=("non-finite",)),
     Wrong(name="cubic_slightly_wrong", codes=("scale",), at_difference=False),
     Wrong(name="rounded", codes=("straight-through",)),
     Wrong(name="gelu_wrong_constant", codes=("unrecognised",)),
-    Wrong(name="matmul_swapped", codes=("transposed",), words=SQUARES),
-    Wrong(name="detached", codes=("partial-gradient",)),
+    Wrong(name="matmul_swapped", codes=("transposed", "batch-coupled"), words=SQUARES),
+    Wrong(name="norm_detached", codes=("partial-gradient",)),
+    Wrong(name="detached", codes=("partial-gradient", "unrecognised")),
     Wrong(name="cross_entropy_upstream_ignored", codes=("upstream-ignored",), words=LABELLED),
-    Wrong(name="running_sum_wrong", codes=("partial-gradient", "unrecognised"), frameworks=("jax",)),
+    Wrong(name="running_sum_wrong", codes=("identity",), frameworks=("jax",)),
 )
 RIGHT_CASES = [(framework, name) for name, (_, frameworks) in RIGHT.items() for framework in frameworks]
 WRONG_CASES = [
@@ -79,8 +80,7 @@ def test_every_function_of_the_fixtures_is_judged_here() -> None:
     for framework in FRAMEWORKS:
         module = functions(framework)
         public = {name for name, one in vars(module).items() if callable(one) and not name.startswith("_")}
-        parts = {"one_step"}
-        assert public - parts == judged[framework]
+        assert public == judged[framework]
 
 
 def functions(framework: str) -> ModuleType:
@@ -190,7 +190,7 @@ def check(capsys):
 def test_softcheck_does_not_accuse_a_right_function(framework: str, name: str, check) -> None:
     code, report = check(framework, name, *RIGHT[name][0], "--backend", framework)
     assert code == 0, report
-    assert report["environment"]["backend"] == framework
+    assert {row["backend"] for row in report["results"]} == {framework}
     gradients = [row["verdict"] for row in report["results"] if row["method"].startswith("reverse mode vs ")]
     assert gradients
     assert set(gradients) == {"pass"}
@@ -208,7 +208,7 @@ def test_softcheck_names_what_is_wrong(framework: str, one: Wrong, check) -> Non
 def test_the_framework_is_told_from_the_source(framework: str, check) -> None:
     code, report = check(framework, "softmax_missing_term", *ROWS)
     assert code == 1, report
-    assert report["environment"]["backend"] == framework
+    assert {row["backend"] for row in report["results"]} == {framework}
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -217,7 +217,14 @@ def test_a_convention_passes_when_it_is_allowed(framework: str, check) -> None:
     assert code == 0, report
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_function_without_a_gradient_is_told_and_does_not_pass(framework: str, check) -> None:
-    code, report = check(framework, UNDIFFERENTIABLE, *ROWS)
-    assert code in (1, 2), report
+def test_a_function_that_tensorflow_cannot_see_into_has_no_gradient(check) -> None:
+    code, report = check("tensorflow", UNDIFFERENTIABLE, *ROWS)
+    assert code == 1, report
+    assert {row["diagnosis"]["code"] for row in report["results"] if row["diagnosis"]} == {"zero-gradient"}
+
+
+def test_a_function_that_jax_refuses_to_differentiate_is_not_verified(check) -> None:
+    code, said = check("jax", UNDIFFERENTIABLE, *ROWS)
+    assert code == 2
+    assert "ure callbacks do not support JVP" in (said if isinstance(said, str) else json.dumps(said))
+    assert "internal error" not in said

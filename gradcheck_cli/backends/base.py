@@ -129,6 +129,17 @@ class Backend(ABC):
         """
         raise UnsupportedDerivative(f"{self.name} cannot set custom derivative rules aside")
 
+    def stops(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:  # noqa: ARG002
+        """The places of the user's code where a call stops the gradient on purpose (stop_gradient, detach)."""
+        return ()
+
+    def stops_set_aside(self) -> AbstractContextManager[object]:
+        """Inside, `reverse` passes the gradient on where the code stops it; compile the function for it.
+
+        Raises UnsupportedDerivative where the framework has no way to do that.
+        """
+        raise UnsupportedDerivative(f"{self.name} cannot set stopped gradients aside")
+
     def compiled(self, function: Function) -> Function:  # noqa: ARG002
         """The function as the framework's compiler runs it."""
         raise UnsupportedDerivative(f"{self.name} has no compiler")

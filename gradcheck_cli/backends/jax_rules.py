@@ -29,6 +29,8 @@ _WRAPPERS = (
     "equinox/_ad.py",
 )
 """Library files whose rules are those of the function that they were given."""
+_PASSED_THROUGH = "/flax/linen/"
+"""Calls between such a file and that function."""
 
 
 def rules_in(graph: Jaxpr) -> Iterator[CustomRule]:
@@ -63,7 +65,8 @@ def _wrapped(graph: Jaxpr, wrapper: str) -> CustomRule | None:
             if frame.file_name == wrapper and inner is not None and not _is_library(inner.file_name):
                 name = inner.function_name.rpartition(".")[2]
                 return CustomRule(name, f"{inner.file_name}:{inner.line_num}")
-            inner = frame
+            if _PASSED_THROUGH not in frame.file_name:
+                inner = frame
     return None
 
 

@@ -1,5 +1,6 @@
 """TensorFlow: gradient tapes and forward accumulators, eager and compiled by tf.function."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -32,8 +33,8 @@ from gradcheck_cli.backends.tensorflow_rounding import rounding_played
 from gradcheck_cli.backends.tensorflow_rules import functions_run_eagerly, met_rules, rules_set_aside
 from gradcheck_cli.errors import SoftcheckError
 
-_NO_GRADIENT = ("No gradient defined", "gradient registry has no entry")
-"""How TensorFlow's LookupErrors begin for an operation that has no derivative."""
+_NO_GRADIENT = re.compile(r"(?:No gradient defined for operation.*\(op type: |gradient registry has no entry for: )(\w+)")
+"""TensorFlow's LookupErrors for an operation that has no derivative, in graphs and in eager code."""
 
 
 class TensorFlowBackend(Backend):
@@ -294,7 +295,7 @@ def _derivatives_of_operations() -> Iterator[None]:
     try:
         yield
     except LookupError as problem:
-        text = str(problem.args[0]) if problem.args else ""
-        if not text.startswith(_NO_GRADIENT):
+        found = _NO_GRADIENT.match(str(problem.args[0]) if problem.args else "")
+        if found is None:
             raise
-        raise UnsupportedDerivative(text.splitlines()[0]) from problem
+        raise UnsupportedDerivative(f"TensorFlow has no derivative of {found[1]}") from problem

@@ -57,13 +57,13 @@ def to_native(tensor: Tensor) -> Any:
         raise SoftcheckError(
             f"TensorFlow has no {str(tensor.dtype).removeprefix('torch.')}", hint="use --dtype float32 or float64"
         )
-    host = tensor.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+    host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         array = host.view(torch.int16).numpy().view(dtype.as_numpy_dtype)
     else:
         array = host.numpy()
     with tf.device(place(tensor.device)):
-        return tf.constant(array, dtype=dtype)
+        return tf.constant(array, dtype=dtype)  # which copies
 
 
 def from_native(array: object, *, what: str, like: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ def from_native(array: object, *, what: str, like: Tensor) -> Tensor:
     if found.dtype not in _NUMBERS:
         raise SoftcheckError(f"{what} returned a tensor of {found.dtype.name}, not of numbers")
     if found.dtype == tf.bfloat16:
-        return torch.from_numpy(found.numpy().view(np.int16).copy()).view(torch.bfloat16).to(like.device)
+        pairs = np.asarray(found.numpy()).view(np.int16).copy()
+        return torch.from_numpy(pairs).view(torch.bfloat16).to(like.device)
     return tensor_of_numpy(found.numpy(), what=what, like=like)
 
 

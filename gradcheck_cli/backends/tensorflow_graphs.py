@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gradcheck_cli.backends.base import UnsupportedDerivative
@@ -14,6 +15,8 @@ _BRANCHES = ("If", "StatelessIf")
 _CASES = ("Case", "StatelessCase")
 _LOOPS = ("While", "StatelessWhile")
 _SKIPPED = ("Placeholder", "NoOp")
+_KEPT = 256
+"""Graphs that stay in memory once they are read (10 ms each)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,54 +41,51 @@ class _Graph:
     nodes: tuple[_Node, ...]
 
 
-class Graphs:
-    """The graphs of the eager context by name, read when they are first run."""
+def is_graph(name: str) -> bool:
+    """Whether the eager context keeps a function of that name."""
+    return bool(inner("eager.context").context().has_function(name))
 
-    def __init__(self) -> None:
-        self._context = inner("eager.context").context()
-        self._read: dict[str, _Graph] = {}
 
-    def knows(self, name: str) -> bool:
-        """Whether a function of that name is kept."""
-        return name in self._read or bool(self._context.has_function(name))
+def run_graph(name: str, inputs: Sequence[Any], run: Run) -> list[Any]:
+    """The function's outputs when each of its operations is run by `run`, in the order of the program.
 
-    def run(self, name: str, inputs: Sequence[Any], run: Run) -> list[Any]:
-        """The function's outputs when each of its operations is run by `run`, in the order of the program.
+    Raises UnsupportedDerivative for operations that only a graph's own executor can run.
+    """
+    graph = _graph(name)
+    found = dict(zip(graph.inputs, inputs, strict=True))
+    for node in graph.nodes:
+        results = _run_node(node, [found[one] for one in node.inputs], run)
+        found.update(zip(node.outputs, results, strict=True))
+    return [found[one] for one in graph.outputs]
 
-        Raises UnsupportedDerivative for operations that only a graph's own executor can run.
-        """
-        graph = self._read.get(name) or self._read.setdefault(name, self._graph(name))
-        found = dict(zip(graph.inputs, inputs, strict=True))
-        for node in graph.nodes:
-            results = self._node(node, [found[one] for one in node.inputs], run)
-            found.update(zip(node.outputs, results, strict=True))
-        return [found[one] for one in graph.outputs]
 
-    def _node(self, node: _Node, inputs: list[Any], run: Run) -> Sequence[Any]:
-        if node.constant is not None:
-            return [node.constant]
-        if node.name in _CALLS:
-            return self.run(node.functions[0], inputs, run)
-        if node.name in _BRANCHES:
-            return self.run(node.functions[0 if bool(inputs[0]) else 1], inputs[1:], run)
-        if node.name in _CASES:
-            index = int(inputs[0])
-            last = len(node.functions) - 1
-            return self.run(node.functions[index if 0 <= index <= last else last], inputs[1:], run)
-        if node.name in _LOOPS:
-            while bool(self.run(node.functions[0], inputs, run)[0]):
-                inputs = self.run(node.functions[1], inputs, run)
-            return inputs
-        return run(node.name, len(node.outputs), inputs, node.attributes)
+def _run_node(node: _Node, inputs: list[Any], run: Run) -> Sequence[Any]:
+    if node.constant is not None:
+        return [node.constant]
+    if node.name in _CALLS:
+        return run_graph(node.functions[0], inputs, run)
+    if node.name in _BRANCHES:
+        return run_graph(node.functions[0 if bool(inputs[0]) else 1], inputs[1:], run)
+    if node.name in _CASES:
+        index, last = int(inputs[0]), len(node.functions) - 1
+        return run_graph(node.functions[index if 0 <= index <= last else last], inputs[1:], run)
+    if node.name in _LOOPS:
+        while bool(run_graph(node.functions[0], inputs, run)[0]):
+            inputs = run_graph(node.functions[1], inputs, run)
+        return inputs
+    return run(node.name, len(node.outputs), inputs, node.attributes)
 
-    def _graph(self, name: str) -> _Graph:
-        definition = self._context.get_function_def(name)
-        graph = inner("framework.function_def_to_graph").function_def_to_graph(definition)
-        return _Graph(
-            inputs=tuple(tensor.name for tensor in graph.inputs),
-            outputs=tuple(tensor.name for tensor in graph.outputs),
-            nodes=tuple(_node(operation) for operation in graph.get_operations() if operation.type not in _SKIPPED),
-        )
+
+@lru_cache(maxsize=_KEPT)
+def _graph(name: str) -> _Graph:
+    """The graph, read from its definition; TensorFlow gives a name only once."""
+    definition = inner("eager.context").context().get_function_def(name)
+    graph = inner("framework.function_def_to_graph").function_def_to_graph(definition)
+    return _Graph(
+        inputs=tuple(tensor.name for tensor in graph.inputs),
+        outputs=tuple(tensor.name for tensor in graph.outputs),
+        nodes=tuple(_node(operation) for operation in graph.get_operations() if operation.type not in _SKIPPED),
+    )
 
 
 def _node(operation: Any) -> _Node:

@@ -27,7 +27,7 @@ def _imported() -> Any:
         warnings.simplefilter("ignore")  # deprecations of NumPy and protobuf among its own modules
         tf = import_module("tensorflow")
         for device in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(device, True)  # otherwise it takes the whole memory, torch's too
+            tf.config.experimental.set_memory_growth(device, enable=True)  # otherwise it takes all memory
         tf.constant(0.0)
     tf.get_logger().setLevel("ERROR")
     return tf

@@ -81,26 +81,30 @@ def _inner_unit(name: str, kind: Rounding, unit: float) -> float:
 
 def _length(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> float:
     """Terms per result; the longest axis where it is not known."""
-    shapes = [tuple(value.shape) for value in inputs]
-    longest = float(max((max(shape, default=1) for shape in shapes), default=1))
     if name in _SUMS:
-        return float(math.prod(shapes[0])) / max(1.0, _kept(inputs))
-    if name == "AddN":
-        return float(len(inputs))
-    if "MatMul" in name:
-        transposed = attributes.get("transpose_a") or attributes.get("adj_x")
-        return float(shapes[0][-2 if transposed else -1]) if shapes[0] else 1.0
-    if name in _CONVOLUTIONS:
-        return float(math.prod(shapes[1][:-1]))
-    if "BackpropInput" in name:
-        return float(math.prod(shapes[1]) / max(1, shapes[1][-2]))
-    if "BackpropFilter" in name:
-        return float(math.prod(shapes[2][:-1]))
+        return float(math.prod(inputs[0].shape)) / max(1.0, _kept(inputs))
     if name in _SEGMENTS:
         return _repeats(inputs[1])
+    if name in _PRODUCTS and name != "Einsum":
+        return _product_length(name, inputs, attributes)
     if name in _SCATTERS and not name.startswith("Cum"):
         return _WINDOW
-    return longest
+    if name == "AddN":
+        return float(len(inputs))
+    return float(max((max(value.shape, default=1) for value in inputs), default=1))
+
+
+def _product_length(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> float:
+    """Terms per entry of a matrix product or convolution."""
+    if "MatMul" in name:
+        transposed = attributes.get("transpose_a") or attributes.get("adj_x")
+        return float(inputs[0].shape[-2 if transposed else -1])
+    filters = inputs[1].shape
+    if "BackpropInput" in name:
+        return float(math.prod(filters) / max(1, filters[-2]))
+    if "BackpropFilter" in name:
+        return float(math.prod(inputs[2].shape[:-1]))
+    return float(math.prod(filters[:-1]))
 
 
 def _kept(inputs: Sequence[Any]) -> float:
@@ -119,7 +123,7 @@ def _axes(inputs: Sequence[Any]) -> set[int]:
 def _sum_growth(name: str, inputs: Sequence[Any]) -> float:
     if name == "BiasAddGrad":
         return _ACROSS * math.sqrt(math.prod(inputs[0].shape[:-1]))
-    if name not in _SUMS or not inputs[0].shape:
+    if name not in _SUMS or inputs[0].shape.rank == 0:
         return 1.0
     last = len(inputs[0].shape) - 1
     terms = float(math.prod(inputs[0].shape)) / max(1.0, _kept(inputs))
@@ -134,7 +138,7 @@ def _repeats(indices: Any) -> float:
 
 def _by_power_of_two(inputs: Sequence[Any]) -> bool:
     """Whether a scalar operand (of a division: the divisor) is a power of two."""
-    return any(_is_power_of_two(value) for value in inputs if not value.shape and value.dtype.is_floating)
+    return any(_is_power_of_two(value) for value in inputs if value.shape.rank == 0 and value.dtype.is_floating)
 
 
 def _is_power_of_two(value: Any) -> bool:
@@ -150,20 +154,23 @@ _MOVE_STARTS = (
     "Random",
     "StatelessRandom",
     "StatelessTruncated",
-    "Stateful",
     "TensorList",
     "TensorArray",
     "MatrixDiag",
     "MatrixSetDiag",
     "MatrixBandPart",
-    "Placeholder",
-    "ResourceGather",
-    "Queue",
-    "Stack",
-    "Iterator",
-    "Optional",
-    "Lookup",
-    "Read",
+    "Assign",
+    "Resource",
+    "Equal",
+    "NotEqual",
+    "Less",
+    "Greater",
+    "Approximate",
+    "Is",
+    "Arg",
+    "InTopK",
+    "Shape",
+    "Assert",
 )
 _MOVES = _names(
     """
@@ -177,8 +184,8 @@ _MOVES = _names(
     OneHot DynamicPartition DynamicStitch ParallelDynamicStitch TensorScatterUpdate TensorScatterMax TensorScatterMin
     TensorStridedSliceUpdate ClipByValue Snapshot EnsureShape NextAfter UnsortedSegmentMax UnsortedSegmentMin SegmentMax
     SegmentMin Cast PyFunc EagerPyFunc PyFuncStateless HostConst MutexLock TruncatedNormal ParameterizedTruncatedNormal
-    Multinomial Copy CopyHost InplaceUpdate DeepCopy QuantizeAndDequantizeV4 StackPopV2 FusedBatchNormGradV0 XlaSharding
-    ResizeNearestNeighbor DataFormatVecPermute LowerBound UpperBound Dequantize GuaranteeConst
+    Multinomial InplaceUpdate DeepCopy XlaSharding ResizeNearestNeighbor DataFormatVecPermute LowerBound UpperBound
+    Dequantize GuaranteeConst Size Rank Bucketize Bincount HistogramFixedWidth Abort NoOp
     """
 )
 _SCALINGS = _names("Mul RealDiv Div")

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 from gradcheck_cli.backends.tensorflow_import import inner, tf
@@ -36,19 +38,25 @@ def _operations(seed: int) -> Iterator[None]:
 @contextmanager
 def _global_generator(seed: int) -> Iterator[None]:
     module = inner("ops.stateful_random_ops")
-    before = module.global_generator
-    if before is None:
-        if not _spare:
-            _spare.append(tf.random.Generator.from_seed(seed))
-        module.global_generator = _spare[0]
-    generator = module.global_generator
-    state = generator.state.read_value()
+    own = module.global_generator
+    if own is None and not _spare:
+        _spare.append(tf.random.Generator.from_seed(seed))
+    generator = _spare[0] if own is None else own
+    state = None if own is None else own.state.read_value()
+    module.global_generator = generator
     try:
-        generator.reset_from_seed(seed)
+        generator.state.assign(_first_state(seed, int(generator.algorithm)))
         yield
     finally:
-        generator.state.assign(state)
-        module.global_generator = before
+        module.global_generator = own
+        if state is not None:
+            own.state.assign(state)
+
+
+@lru_cache(maxsize=16)
+def _first_state(seed: int, algorithm: int) -> Any:
+    """What a generator of that kind holds after being seeded, as a NumPy array: kept, as it takes a dozen kernels."""
+    return inner("ops.stateful_random_ops").create_rng_state(seed, algorithm).numpy()
 
 
 @contextmanager
@@ -58,9 +66,8 @@ def _keras(seed: int) -> Iterator[None]:
     if keras is None or not hasattr(keras, "backend") or keras.backend.backend() != "tensorflow":
         yield
         return
-    from keras.src.random.seed_generator import global_seed_generator
-
-    variable = global_seed_generator().state.value
+    module = import_module("keras.src.random.seed_generator")
+    variable = module.global_seed_generator().state.value
     state = variable.read_value()
     try:
         variable.assign([seed % 2**31, 0])

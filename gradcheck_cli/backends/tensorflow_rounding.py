@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gradcheck_cli.backends.base import UnsupportedDerivative
-from gradcheck_cli.backends.tensorflow_graphs import Graphs
+from gradcheck_cli.backends.tensorflow_graphs import is_graph, run_graph
 from gradcheck_cli.backends.tensorflow_import import inner, tf
 from gradcheck_cli.backends.tensorflow_kernels import EXACT, Perturbation, perturbation
 
@@ -35,7 +35,9 @@ def rounding_played(*, unit: float, seed: int) -> Iterator[None]:
     player = _Player(unit=unit, seed=seed, fast=fast.TFE_Py_FastPathExecute, plain=execute.quick_execute)
     before = [getattr(module, name) for module, name in places]
     try:
-        for (module, name), own in zip(places, (player.short_cut, player.execute, player.execute_with_cancellation), strict=True):
+        for (module, name), own in zip(
+            places, (player.short_cut, player.execute, player.execute_with_cancellation), strict=True
+        ):
             setattr(module, name, own)
         yield
     finally:
@@ -52,7 +54,6 @@ class _Player:
         self._fast, self._plain = fast, plain
         self._no_short_cut = inner("eager.core")._FallbackException
         self._context = inner("eager.context").context()
-        self._graphs = Graphs()
         self._thread = threading.get_ident()
 
     def short_cut(self, *args: Any) -> Any:
@@ -61,7 +62,7 @@ class _Player:
             return self._fast(*args)
         raise self._no_short_cut("rounding is played")
 
-    def execute(
+    def execute(  # noqa: PLR0917  # TensorFlow's own signature
         self, op_name: Any, num_outputs: int, inputs: Sequence[Any], attrs: Any, ctx: Any, name: str | None = None
     ) -> Sequence[Any]:
         """Like execute.quick_execute."""
@@ -69,11 +70,11 @@ class _Player:
         if threading.get_ident() != self._thread:
             found: Sequence[Any] = self._plain(op_name, num_outputs, inputs, attrs, ctx, name)
             return found
-        if isinstance(op_name, str) and self._graphs.knows(text):
-            return self._graphs.run(text, inputs, self._run)
+        if isinstance(op_name, str) and is_graph(text):
+            return [self._fresh(value) for value in run_graph(text, inputs, self._run)]
         return self._run(text, num_outputs, inputs, tuple(attrs or ()))
 
-    def execute_with_cancellation(
+    def execute_with_cancellation(  # noqa: PLR0917  # as above
         self,
         op_name: Any,
         num_outputs: int,
@@ -92,6 +93,11 @@ class _Player:
             inputs = [self._noise.operand(value, played) for value in inputs]
         found: Sequence[Any] = self._plain(name, count, list(inputs), attributes, self._context)
         return [self._noise.result(value, played.results) for value in found] if played.results else found
+
+    def _fresh(self, value: Any) -> Any:
+        """A tensor of its own: tapes confuse a graph's output with the input or constant that it hands through."""
+        attributes = ("T", value.dtype.base_dtype.as_datatype_enum)
+        return self._plain("Identity", 1, [value], attributes, self._context)[0]
 
     def _perturbation(self, name: str, inputs: Sequence[Any], attributes: tuple[Any, ...]) -> Perturbation:
         if not any(_is_floating(value) for value in inputs):

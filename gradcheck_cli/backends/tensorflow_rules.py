@@ -55,7 +55,7 @@ def rules_set_aside(*, only: CustomRule | None = None) -> Iterator[None]:
 def functions_run_eagerly() -> Iterator[None]:
     """Inside, functions under tf.function run as plain Python."""
     before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
+    tf.config.run_functions_eagerly(run_eagerly=True)
     try:
         yield
     finally:
@@ -64,9 +64,9 @@ def functions_run_eagerly() -> Iterator[None]:
 
 @contextmanager
 def _replaced(make: Callable[[Decorator], Decorator]) -> Iterator[None]:
-    """The two functions that tf.custom_gradient calls, looked up in its module at every call, made anew from themselves.
+    """The two functions that tf.custom_gradient calls, made anew from themselves.
 
-    pfor and loops inside eager code still build graphs, hence both.
+    It looks them up in its module at every call. The second is for graphs that eager code builds, as pfor does.
     """
     module = inner("ops.custom_gradient")
     names = ("_eager_mode_decorator", "_graph_mode_decorator")

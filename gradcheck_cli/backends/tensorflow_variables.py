@@ -46,5 +46,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether the tensors are the same, the signs of zeros and the bits of NaN included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
+    if not one.numel():
+        return True
     mine, others = (part.detach().contiguous().reshape(-1).view(torch.uint8) for part in (one, other))
     return torch.equal(mine, others)

@@ -1,5 +1,6 @@
 """PyTorch: tensors on any device, reverse and forward mode through its public functions."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -120,8 +121,14 @@ class TorchBackend(Backend):
 
     def compiled(self, function: Function) -> Function:
         """The function by torch.compile."""
-        compiled: Function = torch.compile(function)
-        return compiled
+        with _without_own_warnings():
+            compiled: Function = torch.compile(function)
+
+        def run(*arrays: object) -> Sequence[object]:
+            with _without_own_warnings():
+                return compiled(*arrays)
+
+        return run
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -180,6 +187,14 @@ class TorchBackend(Backend):
             return _cross_entropy(own, axis, rest) if name == "cross_entropy" else _PLAIN[name](own, dim=axis)
 
         return function if name in (*_PLAIN, "cross_entropy") else None
+
+
+@contextmanager
+def _without_own_warnings() -> Iterator[None]:
+    """The compiler's parts are imported on first use, and use what torch calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", DeprecationWarning)
+        yield
 
 
 _PLAIN: Mapping[str, Callable[..., Tensor]] = {

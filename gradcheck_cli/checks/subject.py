@@ -137,23 +137,26 @@ def _forward_wrong(impl: UserCode, problem: Problem) -> Diagnosis:
 
 
 def impl_candidates(
-    problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference
+    problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference, *, at_once: bool = True
 ) -> Iterator["Candidate | CheckResult"]:
-    """The implementation differentiated by its own framework, or by differences where that has no derivatives."""
+    """The implementation differentiated by its own framework, or by differences where that has no derivatives.
+
+    With `at_once` many lines are taken by one call where the framework can.
+    """
     if subject.backend.name == "numpy":
         yield _difference_candidate(problem, subject, impl, reference)
         yield _complex_candidate(problem, subject, impl, reference)
         return
-    reverse = _autodiff_candidate(problem, subject, impl, by_column=False)
+    reverse = _autodiff_candidate(problem, subject, impl, by_column=False, at_once=at_once)
     yield reverse
-    forward = _autodiff_candidate(problem, subject, impl, by_column=True)
+    forward = _autodiff_candidate(problem, subject, impl, by_column=True, at_once=at_once)
     if isinstance(reverse, CheckResult) and isinstance(forward, CheckResult):
         raise SoftcheckError(f"{impl.label} cannot be differentiated: {reverse.reason}; {forward.reason}")
     yield forward
 
 
 def _autodiff_candidate(
-    problem: Problem, subject: Subject, impl: UserCode, *, by_column: bool
+    problem: Problem, subject: Subject, impl: UserCode, *, by_column: bool, at_once: bool
 ) -> "Candidate | CheckResult":
     mode = "forward mode" if by_column else "reverse mode"
     try:
@@ -163,7 +166,7 @@ def _autodiff_candidate(
             raise
         row = _candidate(problem, subject, impl.label, mode).row("closed form (double-double)")
         return skipped(row, f"no {mode}: {_first_line(reason)}")
-    batched = found.can_batch
+    batched = at_once and found.can_batch
     return _candidate(
         problem,
         subject,

@@ -2,7 +2,6 @@
 
 import platform
 import shlex
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
@@ -11,16 +10,15 @@ import numpy as np
 import torch
 
 from gradcheck_cli import __version__
-from gradcheck_cli.backends import installed_backends, known_backends, load_backend
 from gradcheck_cli.checks.autodiff import QUICK
 from gradcheck_cli.checks.built_in import METHODS
 from gradcheck_cli.checks.candidate import Advance, Coverage
 from gradcheck_cli.checks.detect import choose_backend
-from gradcheck_cli.checks.framework_methods import framework_of_method, methods_of
-from gradcheck_cli.checks.jacobian import REFERENCE_METHOD, JacobianCheck, JacobianPlan
+from gradcheck_cli.checks.jacobian import JacobianCheck, JacobianPlan
 from gradcheck_cli.checks.pictures import Show
 from gradcheck_cli.checks.setup import LossOptions, make_problem
 from gradcheck_cli.checks.subject import Subject
+from gradcheck_cli.commands.jacobian_methods import framework_versions, named_backends, resolve_methods, the_backend
 from gradcheck_cli.devices import device_label, resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import Problem, UserCode, available_options, user_code, with_native_options
@@ -28,8 +26,6 @@ from gradcheck_cli.results import CheckResult, Report, Verdict
 from gradcheck_cli.sources.scores import StoredArray, read_array, read_scores
 from gradcheck_cli.sources.targets import load_target
 
-NO_METHOD = "none"
-_ALL = "all"
 _ARRAY_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".json", ".csv", ".tsv", ".txt")
 
 
@@ -95,7 +91,7 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
     coverage = Coverage(exhaustive=options["exhaustive"], probes=options["probes"], resolution=options["resolution"])
     plan = JacobianPlan(methods=methods, coverage=coverage, show=Show(options["show"]), subject=subject)
     check = JacobianCheck(problem, plan, advance)
-    command = _rerun(options)
+    command = _rerun(options, subject)
     results = tuple(_with_rerun(result, command) for result in check.results())
     return Report(
         command="jacobian",
@@ -108,66 +104,10 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
     )
 
 
-def named_backends(value: str | None) -> tuple[str, ...]:
-    """The frameworks of --backend, each once, all loaded; `all` stands for every installed one.
-
-    Raises SoftcheckError for a framework that is unknown, missing or cannot be imported.
-    """
-    found: list[str] = []
-    for name in [] if value is None else [word.strip() for word in value.split(",")]:
-        if name == _ALL:
-            found += installed_backends()
-        else:
-            load_backend(name)
-            found.append(name)
-    return tuple(dict.fromkeys(found))
-
-
-def the_backend(value: str | None) -> str | None:
-    """The one framework of the code under test. Raises SoftcheckError where --backend names several."""
-    if value is None or (value != _ALL and "," not in value):
-        return value
-    raise SoftcheckError(
-        f"--backend {value}: code under test is run by one framework",
-        hint="to compare built-in methods of others with it, name them: --method jax,tensorflow,torch",
-    )
-
-
 def _method_backends(options: JacobianOptions) -> tuple[str, ...]:
     """The frameworks that --backend asks for methods of: none where it names that of the code under test."""
     code = options["impl"] or options["backward"] or options["jacobian"]
     return () if code else named_backends(options["backend"])
-
-
-def resolve_methods(wanted: tuple[str, ...], backends: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The built-in methods of these frameworks, of numpy and torch by default, whose names begin with a wanted word.
-
-    Without any word all of them. Other frameworks' methods can be asked for by the framework's whole name.
-    """
-    usual = (REFERENCE_METHOD, *(METHODS if not backends else [one for name in backends for one in methods_of(name)]))
-    words = [word.strip() for value in wanted for word in value.split(",") if word.strip()]
-    if not wanted:
-        return usual
-    others = [name for name in known_backends() if name not in QUICK] if not backends else []
-    known = (*usual, *(method for name in others for method in methods_of(name)))
-    if not words:
-        raise SoftcheckError("--method is empty", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
-    chosen: set[str] = set()
-    for word in words:
-        found = [name for name in known if name.startswith(word) and _is_named(name, word)]
-        if not found and word != NO_METHOD:
-            raise SoftcheckError(f"unknown method {word!r}", hint=f"methods: {', '.join(known)}, {NO_METHOD}")
-        chosen.update(found)
-    for method in chosen:
-        if (name := framework_of_method(method)) is not None and not backends:
-            load_backend(name)
-    return tuple(name for name in known if name in chosen)
-
-
-def _is_named(method: str, word: str) -> bool:
-    """Whether the beginning of a method's name is enough: that of a framework to be loaded must be whole."""
-    framework = framework_of_method(method)
-    return framework is None or len(word) >= len(framework)
 
 
 def _loss_options(options: JacobianOptions) -> LossOptions:
@@ -261,9 +201,11 @@ _DEFAULTS: dict[str, object] = {
 }
 
 
-def _rerun(options: JacobianOptions) -> str:
-    """The command line that repeats this run."""
+def _rerun(options: JacobianOptions, subject: Subject | None) -> str:
+    """The command line that repeats this run, also where TensorFlow or JAX was found out from the code."""
     words = ["softcheck", "jacobian", str(options["scores"])]
+    if subject is not None and options["backend"] is None and subject.backend.name not in QUICK:
+        words += ["--backend", subject.backend.name]
     for name, value in options.items():
         if name in _FLAGS and value is not None and value != _DEFAULTS.get(name):
             words += [_FLAGS[name], str(value)]
@@ -319,12 +261,6 @@ def _environment(problem: Problem, results: tuple[CheckResult, ...]) -> dict[str
             "seed": problem.seed,
         }
     )
-
-
-def framework_versions(backends: Iterable[str]) -> dict[str, str | int | bool]:
-    """The versions of these frameworks under their names, other than numpy and torch, which always run."""
-    others = sorted(set(backends) - {*QUICK, "softcheck", ""})
-    return {name: load_backend(name).information().version for name in others}
 
 
 def _versions() -> dict[str, str | int | bool]:

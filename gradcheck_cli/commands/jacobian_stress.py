@@ -13,11 +13,12 @@ from gradcheck_cli.checks.setup import CROSS_ENTROPY, LossOptions, make_problem
 from gradcheck_cli.checks.stress.case import Case
 from gradcheck_cli.checks.stress.command import JacobianDescribe
 from gradcheck_cli.checks.stress.engine import JacobianEngine, StressedCode
+from gradcheck_cli.checks.stress.framework_script import program_for
 from gradcheck_cli.checks.stress.lattice import LatticeOptions, base_case, lattice
 from gradcheck_cli.checks.stress.own import OWN
 from gradcheck_cli.checks.stress.run import check_case, run_stress
 from gradcheck_cli.checks.stress.script import Script
-from gradcheck_cli.commands.jacobian_run import framework_versions, the_backend
+from gradcheck_cli.commands.jacobian_methods import framework_versions, the_backend
 from gradcheck_cli.devices import device_label, resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.problem import Problem, available_options, user_code
@@ -209,7 +210,7 @@ def _describe(options: "JacobianOptions", code: StressedCode, named: frozenset[s
         by_apply=inspect.isclass(code.impl),
         named=named if options["impl"] or options["backward"] else frozenset({"dim"}),
     )
-    return JacobianDescribe(words=words, stress_words=stress_words, program=program)
+    return JacobianDescribe(words=words, stress_words=stress_words, program=program_for(program))
 
 
 def _subject_line(options: "JacobianOptions") -> str:

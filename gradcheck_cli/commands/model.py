@@ -17,6 +17,8 @@ Examples:
   softcheck model gpt2/ --input-shape 1,64:int:50257 --device cuda
   softcheck model ckpt.pt --arch net.py:Net --inputs batch.npz --targets labels.npy --train
   softcheck model ckpt.pt --arch net.py:Net --only 'layers.7.*' --per-parameter --show-all
+  softcheck model net.keras
+  softcheck model params.npz --arch net.py:apply --backend jax
 """
 
 
@@ -26,10 +28,16 @@ Examples:
 @click.option(
     "--arch",
     metavar="TARGET",
-    help="Class or factory that makes the model, as package.module:name or file.py:name; by default the file's own "
-    "model or what its tensors determine, otherwise the last linear layer is checked alone.",
+    help="Class or factory that makes the model, as package.module:name or file.py:name; for JAX also a function "
+    "apply(params, x), for a Keras file also the file.py with its classes. By default the file's own model or what its "
+    "tensors determine, otherwise the last linear layer is checked alone.",
 )
 @click.option("--arch-kwargs", metavar="JSON", help="Keyword arguments for --arch as a JSON object; none by default.")
+@click.option(
+    "--backend",
+    type=click.Choice(("torch", "tensorflow", "jax")),
+    help="Framework of the model; by default the one that writes such files, else the one that --arch is written in.",
+)
 @click.option(
     "--inputs",
     metavar="FILE",
@@ -98,7 +106,8 @@ Examples:
 @click.option(
     "--trust-checkpoint",
     is_flag=True,
-    help="Let loading CKPT run code that is in the file (a pickled module); by default such a file is refused.",
+    help="Let loading CKPT run code that is in the file (a pickled module, a Lambda layer, a graph that writes files); "
+    "by default such a file is refused.",
 )
 @click.option(
     "--allow",
@@ -116,9 +125,10 @@ Examples:
 def model(output: OutputOptions, *, show_all: bool, **options: "Unpack[ModelArguments]") -> int:
     """Check the gradients of the model in the checkpoint CKPT.
 
-    CKPT is a state dict, TorchScript, torch.export or safetensors file, or a Hugging Face folder. The tensors, the
-    softmax at the model's logits, the loss and the gradient of every parameter are checked, and where one is wrong,
-    in which module.
+    CKPT is a state dict, TorchScript, torch.export or safetensors file, or a Hugging Face folder; a .keras or .h5
+    file, a SavedModel folder or the prefix of a TensorFlow checkpoint; or parameters of a JAX model (.npz,
+    .safetensors, .msgpack). The tensors, the softmax at the model's logits, the loss and the gradient of every
+    parameter are checked, and where one is wrong, in which module.
     """
     from gradcheck_cli.commands.model_run import run_model
 

@@ -15,6 +15,8 @@ from gradcheck_cli.commands.function_run import versions
 from gradcheck_cli.commands.options import collect
 from gradcheck_cli.devices import device_label
 from gradcheck_cli.models.case import ModelCase
+from gradcheck_cli.models.framework.choose import framework_case
+from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.models.make import ModelOptions, load_case
 from gradcheck_cli.results import CheckResult, Report, Verdict
 
@@ -25,6 +27,7 @@ class ModelArguments(TypedDict):
     checkpoint: str
     arch: str | None
     arch_kwargs: str | None
+    backend: str | None
     inputs: str | None
     input_shapes: tuple[str, ...]
     targets: str | None
@@ -45,6 +48,9 @@ class ModelArguments(TypedDict):
 def run_model(options: ModelArguments, advance: Advance) -> Report:
     """The report of one run, or of what Ctrl-C left of it. Raises SoftcheckError where nothing can be verified."""
     with contextlib.redirect_stdout(sys.stderr):  # what the model prints is no part of the report
+        foreign = framework_case(_case_options(options))
+        if foreign is not None:
+            return _run_framework(foreign, options, advance)
         loaded = load_case(_case_options(options))
         case, checkpoint = loaded.case, loaded.checkpoint
         check = ModelCheck(case, _plan(options), advance, tensors=checkpoint.tensors)
@@ -57,6 +63,35 @@ def run_model(options: ModelArguments, advance: Advance) -> Report:
         facts=(("format", checkpoint.kind), *check.facts()),
         environment=_environment(case, options),
         notes=(*collected.notes, *case.notes, *check.notes()),
+        sections=GROUPS,
+        tree=check.tree(),
+        interrupted=collected.interrupted,
+    )
+
+
+def _run_framework(case: FrameworkCase, options: ModelArguments, advance: Advance) -> Report:
+    """The report of a model that is not torch's."""
+    from gradcheck_cli.checks.framework_model.check import FrameworkModelCheck
+
+    check = FrameworkModelCheck(case, _plan(options), advance)
+    collected = collect(check.results())
+    command = rerun(options)
+    facts = dict(check.facts())
+    return Report(
+        command="model",
+        subject=_subject(options),
+        results=tuple(_with_rerun(result, command) for result in collected.results),
+        facts=tuple({"format": facts.get("format", case.kind), **facts}.items()),
+        environment=versions()
+        | {
+            case.backend.name: case.backend.information().version,
+            "device": "cpu",
+            "dtype": _dtype_name(case.native.weights[0].dtype),
+            "twin": "float64" if case.twin is not None else "none",
+            "mode": "train" if case.train else "eval",
+            "seed": case.seed,
+        },
+        notes=(*collected.notes, *check.notes()),
         sections=GROUPS,
         tree=check.tree(),
         interrupted=collected.interrupted,
@@ -76,6 +111,7 @@ def _case_options(options: ModelArguments) -> ModelOptions:
         device=options["device"],
         seed=options["seed"],
         trust=options["trust_checkpoint"],
+        backend=options["backend"],
     )
 
 
@@ -104,7 +140,7 @@ def _environment(case: ModelCase, options: ModelArguments) -> dict[str, str | in
     """Versions, device, mode and what changes the precision of torch's kernels."""
     return versions() | {
         "device": device_label(case.device),
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(case.dtype),
         "twin": options["dtype"],
         "mode": "train" if case.train else "eval",
         "tf32": case.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
@@ -113,9 +149,14 @@ def _environment(case: ModelCase, options: ModelArguments) -> dict[str, str | in
     }
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 _ONE = {
     "arch": "--arch",
     "arch_kwargs": "--arch-kwargs",
+    "backend": "--backend",
     "inputs": "--inputs",
     "targets": "--targets",
     "loss": "--loss",

@@ -28,7 +28,7 @@ class ModelOptions:
     """What the user asked for.
 
     `arch_kwargs` is JSON; `input_shapes` are texts for `parse_shape`; `loss` is "cross-entropy" or a target; `trust`
-    lets the checkpoint run code.
+    lets the checkpoint run code; `backend` is the framework of the model, None where file and code tell.
     """
 
     path: str
@@ -42,6 +42,7 @@ class ModelOptions:
     device: str = "cpu"
     seed: int = 0
     trust: bool = False
+    backend: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

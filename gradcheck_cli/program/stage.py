@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.program.foreign import ForeignGraph
+from gradcheck_cli.program.foreign import ForeignGraph, Values, compiled_values
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.program import Program, is_in_place_refusal
 
@@ -30,6 +30,7 @@ class Stage:
     dtype: torch.dtype
     kept: tuple[int, ...]
     scope: Scope = field(default=nullcontext)
+    _fast: list[Values | None] = field(init=False, repr=False, compare=False, default_factory=list)
 
     @property
     def point(self) -> list[Tensor]:
@@ -66,11 +67,24 @@ class Stage:
     def along(self, direction: Sequence[Tensor]) -> Callable[[float], Tensor]:
         """t -> all numbers of the outputs at x + t u, one vector."""
 
+        fast = self._compiled()
+
         def curve(t: float) -> Tensor:
             with torch.no_grad():
-                return real_vector([output.detach() for output in self.outputs(self.moved(direction, t))])
+                moved = self.moved(direction, t)
+                return real_vector(
+                    [output.detach() for output in (self.outputs(moved) if fast is None else fast(moved))]
+                )
 
         return curve
+
+    def _compiled(self) -> Values | None:
+        """The outputs through another framework's compiler, found once; None where it does not give the same."""
+        if self.program.is_torch:
+            return None
+        if not self._fast:
+            self._fast.append(compiled_values(self))
+        return self._fast[0]
 
     def reverse(self, cotangents: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """The gradients of ⟨w, f⟩ by reverse mode, for several w through one graph; zeros where none comes."""

@@ -12,7 +12,7 @@ from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.results import EXIT_CODES, Verdict
 
 if TYPE_CHECKING:
-    from gradcheck_cli.reports.grid import Column
+    from gradcheck_cli.reports.grid import Column, Lines
 
 SCHEMA = 1
 _NOTHING = "–"
@@ -128,13 +128,18 @@ def _columns(frameworks: Sequence[Framework]) -> "list[Column]":
         Column(head=("version",), cells=tuple((one.version or _NOTHING,) for one in frameworks)),
         lists("devices", [one.devices for one in frameworks], least=7),
         lists("dtypes", [one.dtypes for one in frameworks], least=18),
-        lists("what can be used", [(*one.modes, *one.notes) for one in frameworks], least=26),
+        Column(head=("what can be used",), cells=tuple(_abilities(one) for one in frameworks), least=26),
         Column(
             head=("status",),
             cells=tuple((sign,) for sign, _ in signs),
             styles=tuple(style for _, style in signs),
         ),
     ]
+
+
+def _abilities(one: Framework) -> "Lines":
+    """The modes in a line, then the notes."""
+    return tuple(line for line in (", ".join(one.modes), *one.notes) if line) or (_NOTHING,)
 
 
 def _listed(frameworks: Sequence[Framework]) -> Iterator[tuple[str, str]]:
@@ -147,7 +152,7 @@ def _listed(frameworks: Sequence[Framework]) -> Iterator[tuple[str, str]]:
         if one.usable:
             yield f"  devices: {', '.join(one.devices)}", ""
             yield f"  dtypes: {', '.join(one.dtypes)}", ""
-            yield f"  what can be used: {', '.join((*one.modes, *one.notes)) or _NOTHING}", ""
+            yield f"  what can be used: {'; '.join(_abilities(one))}", ""
 
 
 def _sign(usable: bool) -> tuple[str, str]:  # noqa: FBT001

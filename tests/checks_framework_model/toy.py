@@ -1,22 +1,18 @@
-"""A framework of our own on top of torch, and small models in it: what a backend can do, in milliseconds."""
+"""A framework of our own on top of torch: what a backend can and cannot do, in milliseconds."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradcheck_cli.backends.base import CustomRule, Information, UnsupportedDerivative
 from gradcheck_cli.backends.torch import TorchBackend
-from gradcheck_cli.checks.framework_model.check import FrameworkModelCheck
-from gradcheck_cli.checks.function.plan import no_progress
-from gradcheck_cli.checks.model.plan import ModelPlan
-from gradcheck_cli.models.framework_case import FrameworkCase, Layer, LayerCall, Precision
-from gradcheck_cli.problem import UserCode
+from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.program.bypass import bypassed, custom_functions, described
-from gradcheck_cli.program.program import Argument, Program
 from gradcheck_cli.program.rounding import rounding_played
-from gradcheck_cli.results import CheckResult
+from tests.checks_framework_model.cases import Weights, build_case
 
 
 class Toy(TorchBackend):
@@ -29,9 +25,7 @@ class Toy(TorchBackend):
         self.evaluations = 0
 
     def information(self) -> Information:
-        found = super().information()
-        modes = tuple(mode for mode in found.modes if self._rounding or mode != "rounding")
-        return Information(version="1", devices=("cpu",), dtypes=found.dtypes, modes=modes)
+        return Information(version="1", devices=("cpu",), dtypes=("float64",), modes=super().information().modes)
 
     def evaluate(self, function, points):
         self.evaluations += 1
@@ -72,64 +66,19 @@ class Toy(TorchBackend):
         return None
 
 
-Weights = dict[str, Tensor]
-
-
-def program(backend: Toy, weights: Weights, call: Callable[..., object], *, name: str, seed: int = 0) -> Program:
-    arguments = tuple(
-        Argument(name=key, value=value, varies=value.is_floating_point()) for key, value in weights.items()
-    )
-    code = UserCode(call=call, label=name, options={})
-    return Program(name=name, code=code, arguments=arguments, framework="toy", seed=seed, draws=False, backend=backend)
-
-
-def make_case(
+def toy_case(
     weights: Weights,
     model: Callable[[Weights], Tensor],
     *,
     targets: Tensor | None = None,
     loss: Callable[[Tensor], Tensor] | None = None,
-    dtype: torch.dtype = torch.float64,
     backend: Toy | None = None,
-    twin: bool = True,
-    layers: Layer | None = None,
-    record: Callable[[Weights], Sequence[LayerCall]] | None = None,
+    **options: Any,
 ) -> FrameworkCase:
-    """A case of cross-entropy at `targets`, or of a loss of the output; weights are stored in `dtype`."""
-    backend = backend or Toy()
-    stored = {name: value.to(dtype) for name, value in weights.items()}
+    """A case of cross-entropy at `targets`, or of a loss of the output."""
 
     def measured(output: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(output, targets) if loss is None else loss(output)
 
-    def precision(values: Weights) -> Precision:
-        def output(*arrays: Tensor) -> Tensor:
-            return model(dict(zip(values, arrays, strict=True)))
-
-        def whole(*arrays: Tensor) -> Tensor:
-            return measured(output(*arrays))
-
-        return Precision(
-            output=program(backend, values, output, name="output"), loss=program(backend, values, whole, name="loss")
-        )
-
-    wide = {name: value.double() for name, value in stored.items()}
-    return FrameworkCase(
-        name="toy model",
-        kind="Toy",
-        backend=backend,
-        stored=stored,
-        native=precision(stored),
-        twin=precision(wide) if twin else None,
-        no_twin="" if twin else "its signature is fixed to float32",
-        loss_label="cross-entropy" if loss is None else "the loss",
-        targets=targets if loss is None else None,
-        layers=layers,
-        record=None if record is None else lambda: record(wide),
-    )
-
-
-def check(case: FrameworkCase, **options: object) -> tuple[FrameworkModelCheck, list[CheckResult]]:
-    """The check and all its rows."""
-    made = FrameworkModelCheck(case, ModelPlan(**options), no_progress)
-    return made, list(made.results())
+    own = targets if loss is None else None
+    return build_case(backend or Toy(), weights, model, measured, targets=own, **options)

@@ -88,12 +88,12 @@ class ArrayTests(Subject):
         for dtype in self.dtypes:
             for shape in ((), (3,), (2, 3)):
                 tensor = numbers(*shape, dtype=dtype)
-                kept = tensor.clone()
                 with self.running(tensor):
                     array = self.engine.native(tensor)
+                    before = self.engine.tensor(array, what="the array", like=tensor).clone()
                     tensor.mul_(-1)
-                    back = self.engine.tensor(array, what="the array", like=tensor)
-                expect(torch.equal(back, kept), f"native() shares the memory of a {short(dtype)} tensor")
+                    after = self.engine.tensor(array, what="the array", like=tensor)
+                expect(torch.equal(before, after), f"native() shares the memory of a {short(dtype)} tensor")
 
     def test_missing_dtypes_are_refused(self) -> None:
         """A dtype that the framework does not have raises SoftcheckError, and never becomes another one."""

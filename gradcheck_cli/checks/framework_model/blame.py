@@ -1,6 +1,7 @@
 """What in the code makes a gradient wrong: the custom rule that mends it when it is set aside, and its mistake."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,10 @@ from gradcheck_cli.sources.wording import some_of
 _COLUMNS = 24
 """Entries of an argument up to which its part of a Jacobian is recovered by differences alone: 48 calls each."""
 _SAME_FACTOR = 1e-6
+_CUT = (
+    "no hand-written rule is met, so a path that the value depends on must be cut (stop_gradient, NumPy, or whole "
+    "numbers in between)"
+)
 _VAGUE = ("unrecognised", "custom-function")
 
 
@@ -34,8 +39,11 @@ class Blame:
     arguments: tuple[str, ...] = ()
 
 
-def blame(examined: Examined, *, among: str = "its code") -> Blame:
-    """The reason for a gradient that the witnesses contradict; `among` is where the fault is if no rule is to blame."""
+def blame(examined: Examined, *, among: str = "its code", sees_rules: bool = True) -> Blame:
+    """The reason for a gradient that the witnesses contradict; `among` is where the fault is if no rule is to blame.
+
+    `sees_rules` says that every hand-written rule would have been met: where none was, a path must be cut.
+    """
     probe, right = examined.probe, examined.right
     misses = _misses(probe, right)
     names = [probe.setting.places()[miss.argument] for miss in misses]
@@ -54,8 +62,10 @@ def blame(examined: Examined, *, among: str = "its code") -> Blame:
     if factor is not None and code in _VAGUE:
         code, text = ("sign" if factor == -1.0 else "scale"), f"{text}: the gradient is {factor:.9g} times the true one"
         detail["factor"] = factor
+    elif code in _VAGUE and sees_rules and right is None and names and not rules_of(probe.setting):
+        code, text = "partial-gradient", f"{text}: {_CUT}"
     elif found is not None and found.code not in _VAGUE:
-        text, detail = f"{text}: {_within_sentence(found.message)}", {**detail, **found.detail}
+        text, detail = f"{text}: {_within_sentence(_alone(found.message))}", {**detail, **found.detail}
     wrong = f"; wrong by it: {some_of(names)}" if names else ""
     diagnosis = Diagnosis(code=code, message=f"{text}{wrong}", detail=detail)
     return Blame(diagnosis=diagnosis, worst=entry, rules=tuple(rules), arguments=tuple(names))
@@ -68,6 +78,11 @@ def _named(rules: Sequence[CustomRule]) -> str:
     return (
         f"the custom derivative rule{'s' * (len(listed) > 1)} {some_of(listed)} {'are' if listed[1:] else 'is'} wrong"
     )
+
+
+def _alone(message: str) -> str:
+    """The message without its word on other arguments, which is said at the end."""
+    return re.sub(r" (Only the|The) gradient of [^;]* is wrong; right: .*?\.(?= |$)", "", message)
 
 
 def _within_sentence(message: str) -> str:
@@ -85,8 +100,7 @@ def _misses(probe: Probe, right: Gradient | None) -> list[Miss]:
             allowed = NATIVE_SAFETY * probe.tolerance[0][place]
             miss, _ = against_gradient([[got]], [[right[place]]], [[allowed]])
         else:
-            miss, slope = probe.along(probe.part(place), argument=place)
-            miss = replace(miss, kink=slope.kink)
+            miss = probe.alone(place)
         if miss.ratio > 1 and not miss.kink:
             found.append(replace(miss, argument=place))
     return found

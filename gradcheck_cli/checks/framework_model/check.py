@@ -27,6 +27,7 @@ from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.program.program import Program
 from gradcheck_cli.results import CheckResult, ModuleNode, Verdict
 from gradcheck_cli.sources.wording import some_of
+from gradcheck_cli.verdict.stream import SMALL_ARRAY, one_thread_per_kernel
 
 _SHARE_OF_PROBE = 0.6
 """Share of the budget after which the probe must have ended, so that rounding and the search have some."""
@@ -44,6 +45,11 @@ class FrameworkModelCheck:
 
     def results(self) -> Iterator[CheckResult]:
         """All rows, in the order of the groups."""
+        size = sum(weight.numel() for weight in self._case.native.weights)
+        with one_thread_per_kernel(when=size <= SMALL_ARRAY):
+            yield from self._results()
+
+    def _results(self) -> Iterator[CheckResult]:
         started = time.perf_counter()
         budget = self._plan.budget
         deadline = math.inf if budget is None else started + budget

@@ -1,5 +1,6 @@
 """What all witnesses together say of one gradient, with a second look before it is called wrong."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from gradcheck_cli.results import CheckResult, Verdict
 BESIDE = 3
 """Points beside the given one at which a gradient may turn out to be right."""
 KINKS = "right beside this point; here the function has kinks (exact zeros or ties), where any slope is accepted"
+ELSEWHERE = "judged beside this point: here kinks, jumps or rounding make the error bar wider than the resolution"
 _SEEN_BESIDE = "kinks at this very point; beside it the differences agree"
 _UNCONFIRMED = "the forward's own derivative is another one, but no differences confirm it: " + BLIND
 _ALONE = "one direction missed by little and no other did"
@@ -58,7 +60,25 @@ def examine(probe: Probe, *, forward: bool, told: Callable[[str], None] = lambda
     if found.wrong:
         told("a second look")
         _reconsider(found)
+    elif difference.verdict is Verdict.INCONCLUSIVE:
+        told("a second look")
+        _look_elsewhere(found)
     return found
+
+
+def _look_elsewhere(found: Examined) -> None:
+    """Where kinks or jumps at the point hide everything, points beside it may show whether the gradient is right."""
+    failing = []
+    for attempt in range(BESIDE):
+        with contextlib.suppress(SoftcheckError, NotImplementedError, RuntimeError):
+            difference = found.probe.beside(attempt).by_difference()
+            if difference.verdict is Verdict.PASS:
+                found.difference = replace(difference, reason=ELSEWHERE)
+                return
+            if difference.verdict is Verdict.FAIL:
+                failing.append(difference)
+    if len(failing) > 1:
+        found.difference = replace(failing[0], reason=ELSEWHERE)
 
 
 def _reconsider(found: Examined) -> None:

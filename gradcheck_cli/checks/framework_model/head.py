@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends import known_backends, load_backend
 from gradcheck_cli.checks.candidate import PROBES_BESIDE_ENTRIES, Advance, Coverage
 from gradcheck_cli.checks.jacobian import JacobianCheck, JacobianPlan
 from gradcheck_cli.checks.judge import DEFAULT_RESOLUTION
@@ -47,11 +48,13 @@ def head(
 
 def _subject(case: FrameworkCase, name: str, *, axis: int, options: Mapping[str, object]) -> Subject | None:
     """The framework's function as code under test; None where it has none."""
-    call = case.backend.family(name, axis=axis, options=options)
+    # A backend of the case's own may hold the model's variables; functions of the logits need the plain one.
+    backend = load_backend(case.backend.name) if case.backend.name in known_backends() else case.backend
+    call = backend.family(name, axis=axis, options=options)
     if call is None:
         return None
-    label = f"{_LIBRARY.get(case.backend.name, case.backend.name)}'s {name}"
-    return Subject(backend=case.backend, impl=UserCode(call=call, label=label, options={}))
+    label = f"{_LIBRARY.get(backend.name, backend.name)}'s {name}"
+    return Subject(backend=backend, impl=UserCode(call=call, label=label, options={}))
 
 
 def loss(case: FrameworkCase, logits: Tensor, *, wide_logits: Tensor, advance: Advance) -> Iterator[CheckResult]:
@@ -104,14 +107,21 @@ def _rows(case: FrameworkCase, logits: Tensor) -> tuple[Tensor, Tensor, str]:
     assert case.targets is not None
     layout = RowLayout(shape=tuple(logits.shape), axis=case.axis % logits.dim(), keeps_axis=True)
     matrix = layout.row_matrix(logits.detach())
-    targets = case.targets.detach().to(matrix.device).long().reshape(layout.rows)
+    targets = _row_targets(case.targets.detach().to(matrix.device), layout)
     most = max(1, ENTRIES // matrix.shape[1])
     if len(matrix) <= most:
         return matrix, targets, ""
     order = torch.randperm(len(matrix), generator=torch.Generator().manual_seed(case.seed)).to(matrix.device)
-    counted = (targets[order] != IGNORED).int()
+    counted = torch.ones(len(order)) if targets.is_floating_point() else (targets[order] != IGNORED).int()
     picked = torch.cat([order[int(counted.argmax())][None], order[:most]])[:most].sort().values
     return matrix[picked], targets[picked], f"{most:,} of {len(matrix):,} rows of logits, at random"
+
+
+def _row_targets(targets: Tensor, layout: RowLayout) -> Tensor:
+    """Class indices [rows], or distributions [rows, classes]."""
+    if targets.is_floating_point():
+        return layout.row_matrix(targets.double())
+    return targets.long().reshape(layout.rows)
 
 
 def _told(case: FrameworkCase, name: str, logits: Tensor, verdict: Verdict, reason: str) -> CheckResult:

@@ -58,7 +58,7 @@ class MissingGradients:
 
     def _matter(self, places: Sequence[int]) -> bool:
         """Whether the loss moves with these weights, by more than a zero gradient may miss and at no kink."""
-        parts = self._probe.direction.parts
-        kept = [part if place in places else torch.zeros_like(part) for place, part in enumerate(parts)]
-        miss, found = self._probe.along(kept)
+        probe = self._probe.clear
+        parts = [part if n in places else torch.zeros_like(part) for n, part in enumerate(probe.direction.parts)]
+        miss, found = probe.along(parts)
         return miss.ratio > 1 and not found.kink

@@ -25,6 +25,8 @@ from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.sources.wording import some_of
 
 _STEPS = 5
+_VANISHES = 1e-6
+"""A derivative below this share of the function's own size, for a move by the weight's own size, counts as zero."""
 _MOST_WRONG = 8
 """Wrong weights after which no more are looked for one by one by differences."""
 
@@ -159,6 +161,8 @@ class ParameterCheck:
         left, wrong = [], 0
         for done, place in enumerate(places):
             name = self.names[place]
+            if name in self.detached and not self._plan.per_parameter:
+                continue  # has its row already
             if time.perf_counter() > self._deadline:
                 left.append(name)
                 continue
@@ -175,16 +179,20 @@ class ParameterCheck:
             reason = f"the time was over before {len(left)} tensors had a probe of their own; the joint one has them"
             yield self._row(some_of(left), Verdict.SKIPPED, reason=reason)
 
+    def _smallest(self) -> float:
+        """What along a direction passes for zero: a millionth of the function itself."""
+        return _VANISHES * float(self.probe.slopes[0].natural[0])
+
     def _single(self, place: int) -> CheckResult:
-        """One weight against differences; at a kink that another point clears, the joint probe has the word."""
+        """One weight against differences; at a kink the joint probe has the word."""
         started = time.perf_counter()
-        miss, found = self.probe.along(self.probe.part(place), argument=place)
-        assert self.examined is not None
-        excused = self.examined.at_kinks and found.kink
-        size = abs(self.probe.direction.claims[place]) or float(found.natural[0]) or 1.0
+        miss = self.probe.alone(place)
+        size = abs(miss.expected) or self.probe.typical
         detectable = miss.bound / size
-        verdict, reason = Verdict.FAIL if miss.ratio > 1 and not excused else Verdict.PASS, None
-        if verdict is Verdict.PASS and not detectable <= self._plan.resolution:
+        verdict, reason = Verdict.FAIL if miss.ratio > 1 and not miss.kink else Verdict.PASS, None
+        if self.probe.clear is not self.probe:
+            reason = "seen beside this point, where no kinks are"
+        if verdict is Verdict.PASS and not detectable <= self._plan.resolution and miss.bound > self._smallest():
             verdict = Verdict.INCONCLUSIVE
             reason = "the error bar is wider than the derivative with respect to this tensor; the joint probe has it"
         return self._row(

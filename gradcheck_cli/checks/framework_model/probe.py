@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,6 +64,7 @@ class Probe(DerivativeChecks):
         plan = FunctionPlan(resolution=resolution, laws=False)
         super().__init__(setting, plan, Candidate(method="reverse mode", source=reverse_mode), advance)
         self.seed = seed
+        self._alone: dict[int, Miss] = {}
         self.blamed: list[Miss] = []
         """The misses of single arguments, once they are known, for the diagnosis."""
         self.chosen = list(chosen) if chosen is not None else [True] * len(setting.witness.point)
@@ -203,3 +204,15 @@ class Probe(DerivativeChecks):
         ]
         setting = at_values(self.setting, values)
         return Probe(setting, seed=self.seed + 1 + attempt, resolution=self.plan.resolution, chosen=self.chosen)
+
+    @cached_property
+    def clear(self) -> "Probe":
+        """Where single arguments are judged by differences: here or, where kinks are at the point, beside it."""
+        return self.beside(0) if self.slopes[0].kink else self
+
+    def alone(self, place: int) -> Miss:
+        """One argument's gradient along its own part of the direction, against differences."""
+        if place not in self._alone:
+            miss, _ = self.clear.along(self.clear.part(place), argument=place)
+            self._alone[place] = replace(miss, argument=place)
+        return self._alone[place]

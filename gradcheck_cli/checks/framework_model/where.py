@@ -19,6 +19,8 @@ from gradcheck_cli.results import CheckResult, ModuleMark, ModuleNode, Verdict
 
 _ALIKE = 3
 """More wrong layers than this on one level are taken for the same fault: only the first is opened."""
+_OPEN = ("jax",)
+"""Frameworks that show every hand-written rule of a program, whatever it was loaded from."""
 _CALLS = 4
 """Calls of one layer that are looked at."""
 
@@ -129,7 +131,8 @@ class LayerSearch:
         whole = looked is self._root
         examined = self._parameters.examined if whole else looked.wrong
         assert examined is not None
-        known = blame(examined, among=self._among(looked))
+        sees_rules = self._case.layers is not None or self._case.backend.name in _OPEN
+        known = blame(examined, among=self._among(looked), sees_rules=sees_rules)
         self._blames[id(looked)] = known
         said = examined.difference
         exact = examined.exact if examined.exact is not None and examined.exact.verdict is Verdict.FAIL else None

@@ -14,6 +14,7 @@ from gradcheck_cli.checks.function.forward_mode import tangents
 from gradcheck_cli.checks.function.gradients import Candidate, Gradient
 from gradcheck_cli.checks.function.recover import block_evidence, tolerance_at, upstream_evidence
 from gradcheck_cli.checks.function.slopes import unit_direction
+from gradcheck_cli.checks.function.stopped import with_stops
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.program.outputs import as_real, real_vector
 from gradcheck_cli.program.stage import Stage
@@ -44,7 +45,7 @@ def explain(checks: DerivativeChecks) -> Diagnosis | None:
         found = _unsteady(checks, miss, stage) or _by_memory(checks, miss, stage) or _by_formula(checks, miss, stage)
     except (SoftcheckError, RuntimeError, NotImplementedError):
         return None
-    return _with_hint(checks, found)
+    return _with_hint(checks, with_stops(checks, found))
 
 
 def under_its_name(result: CheckResult, diagnosis: Diagnosis, allow: frozenset[str]) -> CheckResult:

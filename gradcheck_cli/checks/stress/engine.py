@@ -256,7 +256,7 @@ def _derivative_of(
     problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference
 ) -> Candidate | CheckResult:
     """The first derivative that the framework has for the code. Raises SoftcheckError where it has none."""
-    found = impl_candidates(problem, subject, impl, reference)
+    found = impl_candidates(problem, subject, impl, reference, at_once=False)
     first = next(found)
     return next(found) if isinstance(first, CheckResult) else first
 

@@ -54,6 +54,12 @@ class Script:
     def _head(self) -> list[str]:
         return ["import torch", *(import_lines(self.target) if self.target else [])]
 
+    def _array(self, tensor: str) -> str:
+        """A torch tensor as the array that the code takes."""
+        if self.backend != "numpy":
+            return tensor
+        return f"({tensor}).numpy()" if " " in tensor else f"{tensor}.numpy()"
+
     def _inputs(self, case: Case) -> list[str]:
         lines = [f"x = {_tensor(case.values)}"]
         lines += _relaid("x", case.memory, case)
@@ -68,12 +74,15 @@ class Script:
         exact = "x64 = x.detach().double().clone().requires_grad_()"
         value = f"y64 = {self._torch_value(case)}"
         if forward:
-            return [exact, value, "want = y64.detach()", f"got = torch.as_tensor({self._call('x', case)})"]
+            return [exact, value, "want = y64.detach()", *self._got_value(case)]
         assert witness is not None
         upstream = _as_output(witness, case, self.function)
         lines = [f"g = {_tensor(upstream.to(case.values.dtype))}", *_relaid("g", case.upstream_memory, case)]
         lines += [exact, value, "want, = torch.autograd.grad(y64, x64, g.double())"]
         return [*lines, *self._got(case)]
+
+    def _got_value(self, case: Case) -> list[str]:
+        return [f"got = torch.as_tensor({self._call('x', case)})"]
 
     def _got(self, case: Case) -> list[str]:
         other = "x * 0.5 + 0.25"
@@ -92,8 +101,7 @@ class Script:
     def _call(self, scores: str, case: Case, *, upstream: str | None = None) -> str:
         target = self.backward if upstream else self.impl
         arrays = [scores, *([upstream] if upstream else [])]
-        own = self.backend == "numpy"
-        words = [f"({one}).numpy()" if own and " " in one else f"{one}.numpy()" if own else one for one in arrays]
+        words = [self._array(one) for one in arrays]
         for name in sorted(self.named):
             value = self._option(name, case)
             words += [f"{name}={value}"] if value is not None else []
@@ -108,7 +116,7 @@ class Script:
             return repr(case.temperature)
         if name in ("target", "weight"):
             value = getattr(case.loss, name)
-            return "None" if value is None else f"{name}.numpy()" if self.backend == "numpy" else name
+            return "None" if value is None else self._array(name)
         defaults = {"reduction": "mean", "label_smoothing": 0.0, "ignore_index": -100}
         value = getattr(case.loss, name)
         return repr(defaults[name] if value is None else value)

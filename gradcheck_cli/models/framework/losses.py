@@ -77,12 +77,12 @@ class NamedLoss:
         return self.code(targets, output) if self.reversed else self.code(output, targets)
 
 
-def load_named_loss(target: str, *, targets_file: str | None, prepare: Callable[[object], object]) -> NamedLoss:
+def load_named_loss(target: str, *, targets_file: str | None) -> NamedLoss:
     """The loss that `target` names, with the targets of the file; a class is called without arguments.
 
-    `prepare` is given what was named and may put something in its place. Raises SoftcheckError.
+    Raises SoftcheckError for code that raises, and for targets that are missing or not taken.
     """
-    value = prepare(load_target(target).value)
+    value = load_target(target).value
     if inspect.isclass(value):
         with guarded(target, doing="making the loss"):
             value = value()

@@ -145,6 +145,17 @@ def _file(source: Source) -> FrameworkFile | None:
     return None
 
 
+def is_safetensors(source: Source) -> bool:
+    """Whether the file starts as .safetensors files do."""
+    return source.head[8:9] == b"{"
+
+
+def is_npz(source: Source) -> bool:
+    """Whether the file is a zip archive of .npy files."""
+    names = member_names(source) if source.head.startswith(b"PK") else []
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
 def _is_msgpack(head: bytes) -> bool:
     """Whether the file starts with a map whose first key is text; a pickle, which starts alike, has a number there."""
     key = {0xDE: 3, 0xDF: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8F else 0)
