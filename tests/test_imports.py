@@ -1,5 +1,6 @@
 """What the command line loads before it has work to do, and what a whole run costs beside importing torch."""
 
+import json
 import os
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ def heavy_after(statement):
         HELP.format(words=["--help"]),
         HELP.format(words=["jacobian", "--help"]),
         HELP.format(words=["function", "--help"]),
+        HELP.format(words=["backends", "--help"]),
         "import gradcheck_cli.commands.jacobian, gradcheck_cli.commands.options",
     ],
 )
@@ -55,6 +57,56 @@ def test_nothing_heavy_is_loaded_for_nothing(statement):
 )
 def test_the_guard_can_fail(statement, found):
     assert heavy_after(statement) == found
+
+
+FRAMEWORKS = ("tensorflow", "jax", "keras", "autograd")
+RUN = """
+import sys
+from gradcheck_cli.cli import main
+code = main({words})
+assert code == 0, code
+print(*[name for name in {frameworks} if name in sys.modules])
+"""
+
+
+def frameworks_after(*words, cwd=ROOT):
+    """Which frameworks beside NumPy and torch a command that passes has loaded."""
+    return python("-c", RUN.format(words=list(words), frameworks=FRAMEWORKS), cwd=cwd).splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["backends", "--help"],
+        ["backends", "numpy", "torch"],
+        ["jacobian", "fixtures/scores.npy"],
+        ["jacobian", "fixtures/scores.npy", "--backend", "numpy,torch"],
+        ["jacobian", "fixtures/scores.npy", "--impl", "torch:softmax", "--backend", "torch"],
+        ["function", "torch.nn.functional:gelu", "--shape", "2,3"],
+        ["model", "fixtures/ckpt.safetensors"],
+    ],
+)
+def test_numpy_and_torch_alone_load_no_other_framework(words):
+    assert frameworks_after(*words) == []
+
+
+def test_that_guard_can_fail():
+    assert "jax" in frameworks_after("backends", "jax")
+
+
+def test_all_frameworks_together_say_nothing_but_the_report():
+    """TensorFlow and JAX write to both streams when they start, if nobody stops them."""
+    loud = ("TF_", "JAX_", "XLA_", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(loud)}
+    command = [sys.executable, "-m", "gradcheck_cli", "jacobian", "fixtures/scores.npy", "--backend", "all"]
+    done = subprocess.run(
+        [*command, "-f", "json"], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {row["backend"] for row in json.loads(done.stdout)["results"] if row["verdict"] == "pass"}
+    assert {"numpy", "torch", "tensorflow", "jax"} <= found
 
 
 def seconds(*arguments, cwd=None):

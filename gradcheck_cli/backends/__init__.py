@@ -84,7 +84,10 @@ def known_backends() -> dict[str, Published]:
 
 def is_installed(backend: Published) -> bool:
     """Whether the framework can be found, without importing it; a third party's backend brings its own along."""
-    return not backend.package or find_spec(backend.package) is not None
+    try:
+        return not backend.package or backend.package in sys.modules or find_spec(backend.package) is not None
+    except ImportError:  # from an import hook
+        return False
 
 
 def installed_backends() -> list[str]:

@@ -1,6 +1,8 @@
 """JAX: arrays on any device, reverse and forward mode, hand-written rules set aside, jit, and rounding played."""
 
 import contextlib
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -18,9 +20,13 @@ from gradcheck_cli.backends.base import (
 from gradcheck_cli.backends.jax_derivatives import AtPoint, Repeated
 from gradcheck_cli.backends.jax_family import family
 from gradcheck_cli.backends.jax_graphs import interpreted, looks_at_numbers, reasons_told, traced
+from gradcheck_cli.backends.jax_loops import KeptLoops, disables_jit
 from gradcheck_cli.backends.jax_rounding import Played, SeededDraws
 from gradcheck_cli.backends.jax_rules import RulesAside, rules_in
 from gradcheck_cli.backends.jax_start import devices, jax
+
+_SLOW, _SLOW_CALLS = 0.01, 3
+"""Seconds of a call, and after how many such calls loops are compiled once for all; the first call is always slow."""
 
 
 class JaxBackend(Backend):
@@ -31,6 +37,7 @@ class JaxBackend(Backend):
     def __init__(self) -> None:
         self._aside: RulesAside | None = None
         self._played: Played | None = None
+        self._slow_calls: Counter[tuple[object, ...]] = Counter()
 
     def information(self) -> Information:
         """JAX's version and the devices that it sees."""
@@ -71,12 +78,23 @@ class JaxBackend(Backend):
         return jax_arrays.device_name(jax_arrays.device_of(tensor))
 
     def evaluate(self, function: Function, points: Sequence[Tensor]) -> list[Tensor]:
-        """The function's values at the points."""
-        if self._played is None:
-            return super().evaluate(function, points)
-        with self.running(points), reasons_told():
-            at = self._at(function, points)
-            return self._tensors(interpreted(function, self._played)(*at.arrays), points)
+        """The function's values at the points, as its author would get them: operation by operation.
+
+        JAX compiles a loop in such a function anew in every call (50 ms): where calls are slow, equal loops are
+        compiled once.
+        """
+        if self._played is not None:
+            with self.running(points), reasons_told():
+                at = self._at(function, points)
+                return self._tensors(interpreted(function, self._played)(*at.arrays), points)
+        shapes = tuple((point.shape, point.dtype) for point in points)
+        if self._slow_calls[shapes] >= _SLOW_CALLS and not disables_jit():
+            with contextlib.suppress(UnsupportedDerivative):
+                return super().evaluate(interpreted(function, KeptLoops()), points)
+        started = time.perf_counter()
+        found = super().evaluate(function, points)
+        self._slow_calls[shapes] += time.perf_counter() - started > _SLOW
+        return found
 
     def reverse(self, function: Function, points: Sequence[Tensor]) -> LinearMap:
         """Values and vᵀJ by `jax.vjp`; for complex numbers the gradient is PyTorch's, of Re⟨v̄, f⟩."""

@@ -1,6 +1,5 @@
 """Rounding played in JAX: a graph run with every operation's result and operands moved at random."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from gradcheck_cli.backends.jax_graphs import (
     opened,
 )
 from gradcheck_cli.backends.jax_kernels import cast_unit, inner_unit, result_factor, rounding, sum_length
+from gradcheck_cli.backends.jax_loops import compiled_once
 from gradcheck_cli.backends.jax_start import jax, jex, jnp, lax
 from gradcheck_cli.program.kernels import Rounding, growth
 
@@ -154,7 +154,12 @@ class Played(Interpreter):
         if name == "scan" and params["length"] * _equations(params["jaxpr"]) <= _UNROLLED:
             return self._step_by_step(params, arguments)
         table, start = self._draws.table()
-        return _compiled(equation, self._unit)(table, start, arguments)
+        unit = self._unit
+
+        def run(table: Any, start: Any, arguments: Values) -> Values:
+            return Played(unit, TableDraws(table, start)).loop(equation, arguments)
+
+        return compiled_once(equation, run, about=("played", unit))(table, start, arguments)
 
     def inside(self, step: Any) -> Interpreter:
         """The same with other random numbers for every step."""
@@ -223,32 +228,3 @@ def _equations(graph: jex.Jaxpr | jex.ClosedJaxpr) -> int:
 def _draws_numbers(graph: jex.Jaxpr | jex.ClosedJaxpr) -> bool:
     """Whether the graph is a function of jax.random: what it draws is data."""
     return "/jax/_src/random" in definition(graph)[1].replace("\\", "/")
-
-
-_kept: dict[tuple[object, ...], Callable[..., Values]] = {}
-_MOST_KEPT = 32
-
-
-def _compiled(equation: jex.JaxprEqn, unit: float) -> Callable[..., Values]:
-    """A loop with its rounding as one compiled function of table, start and arguments; equal loops share it.
-
-    Constants inside the graphs are told apart by identity, which holds as long as the function is kept.
-    """
-    graphs = list(graphs_in(equation))
-    constants = tuple(id(one) for graph in graphs for one in _constants(graph))
-    plain = {name: value for name, value in equation.params.items() if isinstance(value, int)}
-    key = (equation.primitive.name, "\n".join(map(str, graphs)), repr(plain), constants, unit)
-    if key not in _kept:
-        if len(_kept) >= _MOST_KEPT:
-            _kept.clear()
-
-        def run(table: Any, start: Any, arguments: Values) -> Values:
-            return Played(unit, TableDraws(table, start)).loop(equation, arguments)
-
-        _kept[key] = jax.jit(run)
-    return _kept[key]
-
-
-def _constants(graph: jex.Jaxpr | jex.ClosedJaxpr) -> Sequence[Any]:
-    jaxpr, own = opened(graph)
-    return [*own, *(one for equation in jaxpr.eqns for inner in graphs_in(equation) for one in _constants(inner))]

@@ -31,9 +31,10 @@ from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.backends.tensorflow_random import seeded
 from gradcheck_cli.backends.tensorflow_rounding import rounding_played
 from gradcheck_cli.backends.tensorflow_rules import functions_run_eagerly, met_rules, rules_set_aside
+from gradcheck_cli.backends.tensorflow_stops import stops_met, stops_set_aside
 from gradcheck_cli.errors import SoftcheckError
 
-_NO_GRADIENT = re.compile(r"(?:No gradient defined for operation.*\(op type: |gradient registry has no entry for: )(\w+)")
+_NO_GRADIENT = re.compile(r"(?:No gradient defined for op.*\(op type: |gradient registry has no entry for: )(\w+)")
 """TensorFlow's LookupErrors for an operation that has no derivative, in graphs and in eager code."""
 
 
@@ -141,6 +142,15 @@ class TensorFlowBackend(Backend):
     def rules_set_aside(self, *, only: CustomRule | None = None) -> AbstractContextManager[object]:
         """Functions under tf.custom_gradient run as if they were not; tf.functions run eagerly meanwhile."""
         return rules_set_aside(only=only)
+
+    def stops(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:
+        """The calls of tf.stop_gradient in the function's graph that are neither TensorFlow's nor Keras' own."""
+        with self._holding(points):
+            return stops_met(function, self._arrays(points))
+
+    def stops_set_aside(self) -> AbstractContextManager[object]:
+        """Graphs that are traced inside pass the gradient on where it is stopped."""
+        return stops_set_aside()
 
     def compiled(self, function: Function) -> Function:
         """The function under tf.function, traced with AutoGraph, without XLA."""

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from gradcheck_cli.backends.tensorflow_import import inner, tf
 from gradcheck_cli.program.kernels import ACCUMULATOR, FLOAT16_UNIT, Rounding, growth
 
 _FUNCTION_ULPS = 2.0
@@ -16,6 +18,11 @@ _ACROSS = 0.25
 """Growth of sums with √length. Measured in float32, random signs, units of u·√Σa², length 16 / 64 / 256 / 1024 / 16384:
 along the last axis 1.0 1.2 1.5 1.8 5.0, across it (one addition per row) 1.0 1.6 2.7 5.2 16.5; cumulative and segment
 sums 1.2 2.9 5 7.5 33; products 1.2 2.5 5.0 5.0 5.6, of single rows 1.4 2.2 4.9 8.2 40."""
+_ACROSS_SAME_SIGN = 0.11
+_SAME_SIGN = 0.45
+_LONGEST = 16.0
+"""The same for terms of one sign, in units of u·|result|: sums along the axis 0.7 0.7 0.6 0.8 0.9, across it 0.7 0.7
+1.2 2.2 8.3, products 1.0 1.9 3.7 1.9 1.2."""
 _WINDOW = 9.0
 """Terms in a window, where nothing tells."""
 
@@ -37,19 +44,51 @@ EXACT = Perturbation()
 
 def perturbation(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], unit: float) -> Perturbation:
     """What plays the rounding of an operation with roundoff `unit`; what is not known is taken for a reduction."""
-    if name in _MOVES or name.startswith(_MOVE_STARTS) or (name in _SCALINGS and _by_power_of_two(inputs)):
+    if _is_exact(name, inputs):
         return EXACT
     if name in _ONE_STEP:
         return Perturbation(results=unit)
     if name in _FUNCTIONS:
         return Perturbation(results=_FUNCTION_ULPS * unit)
     kind = _kind(name, inputs)
-    operands, results = growth(kind, _length(name, inputs, attributes))
-    if kind is Rounding.SUM:
-        operands = max(operands, _sum_growth(name, inputs))
-    inner = _inner_unit(name, kind, unit)
+    operands, results = _growth(kind, name, inputs, attributes)
+    inside = _inner_unit(name, kind, unit)
     by_norm = kind is Rounding.DECOMPOSITION
-    return Perturbation(operands=inner * operands, results=math.hypot(unit, inner * results), by_norm=by_norm)
+    return Perturbation(operands=inside * operands, results=math.hypot(unit, inside * results), by_norm=by_norm)
+
+
+def _is_exact(name: str, inputs: Sequence[Any]) -> bool:
+    """Whether the operation moves, selects, compares or draws, scales by a power of two, or adds up single entries."""
+    if name in _MOVES or name.startswith(_MOVE_STARTS) or not _returns_numbers(name):
+        return True
+    if name in _SUMS:
+        return bool(math.prod(inputs[0].shape) == _kept(inputs))
+    if name == "AddN":  # backward graphs of tf.function add zeros for values that nobody used
+        return sum(bool(np.any(value.numpy())) for value in inputs) <= 1
+    return (name in _SCALINGS and _by_power_of_two(inputs)) or (name in _RINGS and _are_whole(inputs))
+
+
+@cache
+def _returns_numbers(name: str) -> bool:
+    """Whether some result may hold floating-point numbers: its dtype is one of them, or one of an input."""
+    definition = inner("framework.op_def_registry").get(name)
+    if definition is None:
+        return True
+    return any(not one.type or tf.as_dtype(one.type).is_floating for one in definition.output_arg)
+
+
+def _growth(kind: Rounding, name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> tuple[float, float]:
+    """Factors for operands and results: those of torch's kernels where TensorFlow's have not been seen to differ."""
+    length = _length(name, inputs, attributes)
+    operands, results = growth(kind, length)
+    root = math.sqrt(length)
+    if name in _PARAMETERS:  # orders and exponents that are whole numbers have to stay whole
+        return 0.0, results
+    if kind is Rounding.PRODUCT:
+        return operands, max(results, _SAME_SIGN * min(root, _LONGEST))
+    if name == "BiasAddGrad" or (name in _SUMS and len(inputs[0].shape) - 1 not in _axes(inputs)):
+        return max(operands, _ACROSS * root), max(results, _ACROSS_SAME_SIGN * root)
+    return (max(operands, _ALONG * root) if name in _SUMS else operands), results
 
 
 def _kind(name: str, inputs: Sequence[Any]) -> Rounding:
@@ -83,14 +122,13 @@ def _length(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> 
     """Terms per result; the longest axis where it is not known."""
     if name in _SUMS:
         return float(math.prod(inputs[0].shape)) / max(1.0, _kept(inputs))
-    if name in _SEGMENTS:
-        return _repeats(inputs[1])
     if name in _PRODUCTS and name != "Einsum":
         return _product_length(name, inputs, attributes)
     if name in _SCATTERS and not name.startswith("Cum"):
-        return _WINDOW
-    if name == "AddN":
-        return float(len(inputs))
+        return _repeats(inputs[1]) if name in _SEGMENTS else _WINDOW
+    known = {"AddN": len(inputs), "BiasAddGrad": math.prod(inputs[0].shape[:-1])}
+    if name in known:
+        return float(known[name])
     return float(max((max(value.shape, default=1) for value in inputs), default=1))
 
 
@@ -120,16 +158,6 @@ def _axes(inputs: Sequence[Any]) -> set[int]:
     return {int(axis) % max(rank, 1) for axis in np.asarray(inputs[1].numpy()).reshape(-1)}
 
 
-def _sum_growth(name: str, inputs: Sequence[Any]) -> float:
-    if name == "BiasAddGrad":
-        return _ACROSS * math.sqrt(math.prod(inputs[0].shape[:-1]))
-    if name not in _SUMS or inputs[0].shape.rank == 0:
-        return 1.0
-    last = len(inputs[0].shape) - 1
-    terms = float(math.prod(inputs[0].shape)) / max(1.0, _kept(inputs))
-    return (_ALONG if last in _axes(inputs) else _ACROSS) * math.sqrt(terms)
-
-
 def _repeats(indices: Any) -> float:
     """How often the most frequent place occurs."""
     found = np.asarray(indices.numpy()).reshape(-1)
@@ -139,6 +167,14 @@ def _repeats(indices: Any) -> float:
 def _by_power_of_two(inputs: Sequence[Any]) -> bool:
     """Whether a scalar operand (of a division: the divisor) is a power of two."""
     return any(_is_power_of_two(value) for value in inputs if value.shape.rank == 0 and value.dtype.is_floating)
+
+
+def _are_whole(inputs: Sequence[Any]) -> bool:
+    """Whether the operands are a few small whole numbers, as the exponents that the derivative of a power computes."""
+    if any(math.prod(value.shape) > _FEW for value in inputs):
+        return False
+    arrays = [np.asarray(value.numpy()).astype(np.complex128) for value in inputs]
+    return all(bool(np.all((array == np.round(array)) & (np.abs(array) <= _WHOLE))) for array in arrays)
 
 
 def _is_power_of_two(value: Any) -> bool:
@@ -159,18 +195,8 @@ _MOVE_STARTS = (
     "MatrixDiag",
     "MatrixSetDiag",
     "MatrixBandPart",
-    "Assign",
-    "Resource",
-    "Equal",
-    "NotEqual",
-    "Less",
-    "Greater",
-    "Approximate",
-    "Is",
     "Arg",
-    "InTopK",
     "Shape",
-    "Assert",
 )
 _MOVES = _names(
     """
@@ -185,10 +211,14 @@ _MOVES = _names(
     TensorStridedSliceUpdate ClipByValue Snapshot EnsureShape NextAfter UnsortedSegmentMax UnsortedSegmentMin SegmentMax
     SegmentMin Cast PyFunc EagerPyFunc PyFuncStateless HostConst MutexLock TruncatedNormal ParameterizedTruncatedNormal
     Multinomial InplaceUpdate DeepCopy XlaSharding ResizeNearestNeighbor DataFormatVecPermute LowerBound UpperBound
-    Dequantize GuaranteeConst Size Rank Bucketize Bincount HistogramFixedWidth Abort NoOp
+    Dequantize GuaranteeConst Size
     """
 )
 _SCALINGS = _names("Mul RealDiv Div")
+_RINGS = _names("Add AddV2 Sub Mul")
+_FEW = 64
+_WHOLE = 16
+"""Sums and products of whole numbers up to this size are exact in bfloat16."""
 _ONE_STEP = _names(
     """
     Add AddV2 Sub Mul MulNoNan Div RealDiv DivNoNan Reciprocal Inv ReciprocalGrad InvGrad Sqrt Rsqrt SqrtGrad RsqrtGrad
@@ -203,6 +233,7 @@ _FUNCTIONS = _names(
     """
 )
 _SERIES = _names("Sigmoid Pow Digamma Polygamma Lgamma Igamma Igammac IgammaGradA Betainc Zeta Erfinv Ndtri Ndtr")
+_PARAMETERS = _names("Pow Polygamma Igamma Igammac IgammaGradA Betainc Zeta")
 _FUSED = _names(
     """
     Softmax LogSoftmax SoftmaxCrossEntropyWithLogits SparseSoftmaxCrossEntropyWithLogits Cross Prod

@@ -9,6 +9,7 @@ from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.backends.tensorflow_import import inner, tf
 
 _STOP = "StopGradient"
+_WRAPPERS = ("ops/array_ops.py", "ops/gen_array_ops.py", "ops/weak_tensor_ops.py")
 _LIBRARIES = ("tensorflow", "keras", "gradcheck_cli")
 
 
@@ -38,7 +39,7 @@ def _place(operation: Any) -> str:
     """The innermost line that is neither TensorFlow's nor Keras'; nothing where one of them calls it for itself."""
     frames = list(operation.traceback)[::-1]
     for frame in frames:
-        if frame.filename.endswith(("ops/array_ops.py", "ops/gen_array_ops.py")) or "/util/" in frame.filename:
+        if frame.filename.endswith(_WRAPPERS) or "/util/" in frame.filename:
             continue
         if "/tensorflow/python/framework/" in frame.filename or "/op_def_library" in frame.filename:
             continue

@@ -228,6 +228,24 @@ def test_compiled_and_eager() -> None:
         BACKEND.evaluate(BACKEND.compiled(lambda a: [a if a.sum() > 0 else -a]), [x])
 
 
+def test_a_loop_is_compiled_once_where_calls_are_slow() -> None:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _seconds, **_: compiled.append(name))
+
+    def function(x: jax.Array) -> list[jax.Array]:
+        return [jax.lax.scan(lambda c, _: (jnp.sin(c) + 0.25 * c, None), x, None, length=7)[0]]
+
+    x = tensor(5)
+    values = []
+    for _ in range(8):
+        compiled.clear()
+        values += BACKEND.evaluate(function, [x])
+    assert not any("backend_compile" in name for name in compiled)
+    assert all(torch.equal(value, values[0]) for value in values)
+    looks = lambda a: [jax.lax.fori_loop(0, 7, lambda i, c: c * 2, a) if a.sum() > -1e3 else a]  # noqa: E731
+    assert torch.equal(BACKEND.evaluate(looks, [x])[0], 128 * x)
+
+
 # -- information
 
 

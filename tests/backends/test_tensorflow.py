@@ -87,7 +87,7 @@ def test_what_is_no_array_of_numbers_is_refused_with_a_hint():
     tf.function(lambda x: symbolic.append(x) or x)(tf.constant(1.0))
     wrong = [None, torch.ones(2), "text", symbolic[0], tf.constant("text"), tf.sparse.eye(2), tf.ragged.constant([[1]])]
     for value in wrong:
-        with pytest.raises(SoftcheckError, match="^my_function returned "):
+        with pytest.raises(SoftcheckError, match=r"^my_function returned "):
             BACKEND.tensor(value, what="my_function", like=like)
     assert not BACKEND.is_array(None) and not BACKEND.is_array(torch.ones(2)) and BACKEND.is_array(symbolic[0])
     with pytest.raises(SoftcheckError, match="no float8_e5m2"):
@@ -190,9 +190,9 @@ def test_an_operation_without_a_derivative_is_unsupported_and_other_errors_pass(
     x = normal(3)
     for decorate in (lambda f: f, tf.function):
         function = decorate(lambda a: [tf.linalg.lu(tf.linalg.diag(a * a + 1.0)).lu])
-        with pytest.raises(UnsupportedDerivative, match="^TensorFlow has no derivative of Lu$"):
+        with pytest.raises(UnsupportedDerivative, match=r"^TensorFlow has no derivative of Lu$"):
             BACKEND.reverse(function, [x]).apply([normal(3, 3)])
-        with pytest.raises(UnsupportedDerivative, match="^TensorFlow has no derivative of Lu$"):
+        with pytest.raises(UnsupportedDerivative, match=r"^TensorFlow has no derivative of Lu$"):
             BACKEND.forward(function, [x]).apply([x])
 
     def own_error(a):
@@ -295,6 +295,23 @@ def test_methods_and_variables_have_rules_too_and_tensorflows_own_stay():
     with BACKEND.rules_set_aside():
         through = gradient(lambda a: [tf.grad_pass_through(tf.round)(a)], normal(2))
     assert torch.equal(through, torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("decorate", [lambda f: f, tf.function])
+def test_stopped_gradients_are_found_and_passed_on(decorate):
+    x = normal(3)
+
+    def stopping(a):
+        return [a * tf.stop_gradient(a)]
+
+    function = decorate(stopping)
+    (stop,) = BACKEND.stops(function, [x])
+    assert stop.name == "stop_gradient" and stop.place.startswith(__file__ + ":")
+    assert BACKEND.stops(lambda a: [tf.nn.softmax(a)], [x]) == ()
+    with BACKEND.stops_set_aside():
+        found = BACKEND.reverse(BACKEND.compiled(stopping), [x])
+        assert torch.allclose(found.apply([torch.ones_like(x)])[0], 2 * x, rtol=1e-15)
+    assert torch.equal(BACKEND.reverse(function, [x]).apply([torch.ones_like(x)])[0], x)
 
 
 # -- compiled and eager

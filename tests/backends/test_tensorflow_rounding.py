@@ -60,6 +60,9 @@ FUNCTIONS = {
     "mlp": mlp,
     "convolution": network,
     "gather and segments": lambda x: [tf.math.segment_sum(tf.gather(x, [0, 1, 1, 3]), [0, 0, 1, 1])],
+    "layer normalisation": lambda x: [
+        (x - tf.reduce_mean(x, 1, keepdims=True)) / tf.sqrt(tf.reduce_mean((x - 1.0) ** 2, 1, keepdims=True) + 1e-5)
+    ],
     "sums": lambda x: [tf.reduce_sum(x * x, 0) / tf.reduce_mean(x * x), tf.cumsum(x, 1)],
     "graph": tf.function(mlp),
     "graph with a loop": tf.function(looped),

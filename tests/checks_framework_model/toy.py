@@ -57,6 +57,9 @@ class Toy(TorchBackend):
         with rounding_played(unit=unit, seed=seed):
             yield
 
+    def compiled(self, function):
+        raise UnsupportedDerivative("toy has no compiler")
+
     def family(self, name, *, axis, options):
         if name == "softmax":
             return lambda scores: torch.softmax(scores, axis)

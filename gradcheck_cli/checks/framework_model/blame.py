@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.checks.framework_model.examine import Examined
@@ -26,6 +26,7 @@ _CUT = (
     "no hand-written rule is met, so a path that the value depends on must be cut (stop_gradient, NumPy, or whole "
     "numbers in between)"
 )
+_STRAIGHT = "what it goes round has no derivative (a rounding or a step): a straight-through estimator"
 _VAGUE = ("unrecognised", "custom-function")
 
 
@@ -45,39 +46,51 @@ def blame(examined: Examined, *, among: str = "its code", sees_rules: bool = Tru
     `sees_rules` says that every hand-written rule would have been met: where none was, a path must be cut.
     """
     probe, right = examined.probe, examined.right
-    misses = _misses(probe, right)
+    misses = _misses(probe)
     names = [probe.setting.places()[miss.argument] for miss in misses]
     rules = culprits(probe, right)
-    found, factor = _diagnosis(examined, misses), None
     entry: Mismatch | None = None
+    mistake = None
     if right is not None:
-        places = probe.setting.places()
-        claimed = dict(zip(places, probe.gradient, strict=True))
-        entry, factor = worst_entry(claimed, dict(zip(places, right, strict=True)), names)
+        claimed = dict(zip(probe.setting.places(), probe.gradient, strict=True))
+        entry, factor = worst_entry(claimed, dict(zip(probe.setting.places(), right, strict=True)), names)
+        mistake = _straight_through(probe, right, misses) if rules else None
+    mistake = mistake or _diagnosis(examined, misses)
+    if (mistake is None or mistake.code in _VAGUE) and right is not None and factor is not None:
+        mistake = _scale(factor)
+    elif (mistake is None or mistake.code in _VAGUE) and right is None and names and sees_rules:
+        mistake = mistake if rules_of(probe.setting) else Diagnosis(code="partial-gradient", message=_CUT)
     text = _named(rules) or f"the fault is in {among}"
-    detail: dict[str, str | float] = {}
+    if mistake is not None and mistake.code not in _VAGUE:
+        text += f": {_within_sentence(_alone(mistake.message))}"
+    text += f"; wrong by it: {some_of(names)}" if names else ""
+    detail: dict[str, str | float] = {} if mistake is None else dict(mistake.detail)
     if rules:
-        detail = {"function": rules[0].name, **({"place": rules[0].place} if rules[0].place else {})}
-    code = "unrecognised" if found is None else found.code
-    if factor is not None and code in _VAGUE:
-        code, text = ("sign" if factor == -1.0 else "scale"), f"{text}: the gradient is {factor:.9g} times the true one"
-        detail["factor"] = factor
-    elif code in _VAGUE and sees_rules and right is None and names and not rules_of(probe.setting):
-        code, text = "partial-gradient", f"{text}: {_CUT}"
-    elif found is not None and found.code not in _VAGUE:
-        text, detail = f"{text}: {_within_sentence(_alone(found.message))}", {**detail, **found.detail}
-    wrong = f"; wrong by it: {some_of(names)}" if names else ""
-    diagnosis = Diagnosis(code=code, message=f"{text}{wrong}", detail=detail)
+        detail |= {"function": rules[0].name, **({"place": rules[0].place} if rules[0].place else {})}
+    code = "unrecognised" if mistake is None else mistake.code
+    diagnosis = Diagnosis(code=code, message=text, detail=detail)
     return Blame(diagnosis=diagnosis, worst=entry, rules=tuple(rules), arguments=tuple(names))
+
+
+def _scale(factor: float) -> Diagnosis:
+    code = "sign" if abs(factor + 1) < _SAME_FACTOR else "scale"
+    return Diagnosis(code=code, message=f"the gradient is {factor:.9g} times the true one", detail={"factor": factor})
+
+
+def _straight_through(probe: Probe, right: Gradient, misses: Sequence[Miss]) -> Diagnosis | None:
+    """Whether a true gradient is zero (a rounding, a step) and another is claimed in its place."""
+    pairs = [(probe.gradient[miss.argument], right[miss.argument]) for miss in misses]
+    if any(bool(got.any()) and not bool(true.any()) for got, true in pairs):
+        return Diagnosis(code="straight-through", message=_STRAIGHT)
+    return None
 
 
 def _named(rules: Sequence[CustomRule]) -> str:
     listed = [f"{rule.name}{f' at {shown_path(rule.place)}' if rule.place else ''}" for rule in rules]
     if not listed:
         return ""
-    return (
-        f"the custom derivative rule{'s' * (len(listed) > 1)} {some_of(listed)} {'are' if listed[1:] else 'is'} wrong"
-    )
+    words = ("s", "are") if len(listed) > 1 else ("", "is")
+    return f"the custom derivative rule{words[0]} {some_of(listed)} {words[1]} wrong"
 
 
 def _alone(message: str) -> str:
@@ -90,20 +103,14 @@ def _within_sentence(message: str) -> str:
     return first + message[1:].rstrip(".")
 
 
-def _misses(probe: Probe, right: Gradient | None) -> list[Miss]:
+def _misses(probe: Probe) -> list[Miss]:
     """The worst miss of every argument whose gradient is wrong."""
-    found = []
-    for place, got in enumerate(probe.gradient):
-        if not probe.chosen[place] or not got.numel():
-            continue
-        if right is not None:
-            allowed = NATIVE_SAFETY * probe.tolerance[0][place]
-            miss, _ = against_gradient([[got]], [[right[place]]], [[allowed]])
-        else:
-            miss = probe.alone(place)
-        if miss.ratio > 1 and not miss.kink:
-            found.append(replace(miss, argument=place))
-    return found
+    if probe.trusted is not None:
+        found = list(probe.exact_misses().values())
+    else:
+        places = [n for n, chosen in enumerate(probe.chosen) if chosen and probe.gradient[n].numel()]
+        found = [probe.alone(place) for place in places]
+    return [miss for miss in found if miss.ratio > 1 and not miss.kink]
 
 
 def _diagnosis(examined: Examined, misses: Sequence[Miss]) -> Diagnosis | None:
@@ -117,9 +124,7 @@ def _diagnosis(examined: Examined, misses: Sequence[Miss]) -> Diagnosis | None:
         text = f"no gradient comes to {names}, although the value depends on it: its path is detached"
         return Diagnosis(code="zero-gradient", message=text)
     if examined.right is None and (same := _one_factor(misses)) is not None:
-        text = f"the gradient is {same:.6g} times the true one"
-        code = "sign" if abs(same + 1) < _SAME_FACTOR else "scale"
-        return Diagnosis(code=code, message=text, detail={"factor": same})
+        return _scale(same)
     decisive = worst([miss for miss in misses if miss not in zero])
     if examined.right is None and probe.stage.point[decisive.argument].numel() > _COLUMNS:
         return None

@@ -12,8 +12,6 @@ from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.framework_model.examine import Examined, examine
 from gradcheck_cli.checks.framework_model.missing import MissingGradients
 from gradcheck_cli.checks.framework_model.probe import Probe, Said
-from gradcheck_cli.checks.function.compare import against_gradient
-from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY
 from gradcheck_cli.checks.function.gradients import Gradient
 from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.checks.model.parameters import chosen_leaves
@@ -144,15 +142,11 @@ class ParameterCheck:
 
     def against(self, right: Gradient, reference: str) -> Iterator[CheckResult]:
         """One row for every weight whose gradient is not this right one."""
-        allowed = [NATIVE_SAFETY * part for part in self.probe.tolerance[0]]
-        for place, name in enumerate(self.names):
-            got, true = self.probe.gradient[place], right[place]
-            if not self.chosen[place] or name in self.detached or not true.numel():
+        for place, miss in self.probe.exact_misses().items():
+            name = self.names[place]
+            if miss.ratio <= 1 or name in self.detached:
                 continue
-            miss, _ = against_gradient([[got]], [[true]], [[allowed[place]]])
-            if miss.ratio <= 1:
-                continue
-            worst, _ = worst_entry({name: got}, {name: true}, [name])
+            worst, _ = worst_entry({name: self.probe.gradient[place]}, {name: right[place]}, [name])
             yield self._row(name, Verdict.FAIL, reference=reference, error=miss.error, bound=miss.bound, worst=worst)
 
     def each(self) -> Iterator[CheckResult]:

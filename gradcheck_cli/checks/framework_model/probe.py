@@ -12,8 +12,15 @@ from torch import Tensor
 
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.framework_model.settings import at_values
-from gradcheck_cli.checks.function.compare import Miss, against_slopes, project, project_tolerance
-from gradcheck_cli.checks.function.derivative import DerivativeChecks
+from gradcheck_cli.checks.function.compare import (
+    Miss,
+    against_gradient,
+    against_slopes,
+    project,
+    project_tolerance,
+    worst,
+)
+from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, DerivativeChecks
 from gradcheck_cli.checks.function.forward_mode import tangents
 from gradcheck_cli.checks.function.gradients import Candidate, Gradient, reverse_mode
 from gradcheck_cli.checks.function.plan import FunctionPlan, no_progress
@@ -153,7 +160,31 @@ class Probe(DerivativeChecks):
 
     def by_exact(self) -> CheckResult | None:
         """Entry by entry against the forward's own derivative, custom rules set aside; None where there are none."""
-        return next(self.exact_reference(), None)
+        found = next(self.exact_reference(), None)
+        if found is None or self.trusted is None or all(self.chosen):
+            return found
+        miss = worst([*self.exact_misses().values()])
+        self.failed = (miss, self.stage) if miss.ratio > 1 else None
+        return replace(
+            found,
+            verdict=Verdict.FAIL if miss.ratio > 1 else Verdict.PASS,
+            max_error=miss.error,
+            bound=miss.bound,
+            ratio=miss.ratio,
+            worst=miss.mismatch(self.place(miss)),
+        )
+
+    def exact_misses(self) -> dict[int, Miss]:
+        """The worst miss of every chosen argument beside the forward's own derivative, which must be known."""
+        assert self.trusted is not None
+        right = self.trusted.gradients[0]
+        found = {}
+        for place, (got, chosen) in enumerate(zip(self.gradient, self.chosen, strict=True)):
+            if chosen and got.numel():
+                allowed = NATIVE_SAFETY * self.tolerance[0][place]
+                miss, _ = against_gradient([[got]], [[right[place]]], [[allowed]])
+                found[place] = replace(miss, argument=place)
+        return found
 
     def by_forward(self) -> Said:
         """The joint direction against forward mode, which may leave custom rules out of account."""

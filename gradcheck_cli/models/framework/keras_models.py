@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ FAILURES = (
 )
 """What Keras was seen to raise on files that it cannot load."""
 _BARE_HOMES = ("layers", "models", "initializers", "regularizers", "constraints", "activations", "dtype_policies")
+_OPERATIONS = ("numpy", "nn", "core", "math", "image", "linalg")
 _OLD_NAMES = frozenset(["Functional", "Policy", "Model", "Sequential"])
+_RESAVE = 'HDF5 files cannot hold every model of Keras 3: save it with model.save("model.keras")'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,7 @@ def _whole(keras: Any, file: KerasFile, custom: Mapping[str, object], *, trust: 
                 str(file.path), custom_objects=dict(custom), compile=False, safe_mode=not trust
             )
     except FAILURES as error:
-        hint = None if custom else ARCH_HINT if file.custom else None
+        hint = _RESAVE if file.format is FrameworkFormat.HDF5 else None
         raise SoftcheckError(f"{file.path}: Keras cannot load it: {said(error)}", hint=hint) from error
     if not isinstance(model, keras.Model):
         raise SoftcheckError(f"{file.path}: holds {type(model).__name__}, not a model")
@@ -119,6 +122,7 @@ def _is_known(keras: Any, request: Request, custom: Mapping[str, object]) -> boo
     if request.module or (request.registered and request.registered != request.name):
         return False
     homes = [getattr(keras, home) for home in _BARE_HOMES]
+    homes += [import_module(f"keras.src.ops.{home}") for home in _OPERATIONS]
     return request.name in _OLD_NAMES or any(hasattr(home, request.name) for home in homes)
 
 
@@ -199,10 +203,21 @@ def in_tensorflow(loaded: KerasModel, *, train: bool) -> TensorFlowModel:
         call=call,
         variables=variables,
         trainable=frozenset(name for name, one in variables.items() if one.trainable and _is_trained(model, one)),
+        frozen=sum(not one.trainable for layer in _layers(model) for one in layer._trainable_variables),
         hidden=[raw(one) for one in model.variables if id(raw(one)) not in known],
         specs=_specs(keras, model),
         root=model,
     )
+
+
+def _layers(model: Any) -> list[Any]:
+    return [part.value for part in parts_of(model).all() if hasattr(part.value, "_trainable_variables")]
+
+
+def drawing_dtype(model: Any) -> str:
+    """The dtype in which the layers that draw random numbers compute."""
+    found = {str(layer.compute_dtype) for layer in _layers(model) if hasattr(layer, "seed_generator")}
+    return found.pop() if len(found) == 1 else "float32"
 
 
 def _is_trained(model: Any, variable: Any) -> bool:

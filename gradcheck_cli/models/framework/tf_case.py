@@ -13,7 +13,13 @@ from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.framework.arch import Architecture, load_architecture
 from gradcheck_cli.models.framework.inputs import Asked, Inputs, model_inputs
-from gradcheck_cli.models.framework.keras_models import KerasModel, in_tensorflow, kept_arrays, load_keras
+from gradcheck_cli.models.framework.keras_models import (
+    KerasModel,
+    drawing_dtype,
+    in_tensorflow,
+    kept_arrays,
+    load_keras,
+)
 from gradcheck_cli.models.framework.keras_start import keras_module
 from gradcheck_cli.models.framework.keras_twin import NoTwin, draws_as_stored, widened
 from gradcheck_cli.models.framework.saved_model import load_saved_model
@@ -32,6 +38,7 @@ from gradcheck_cli.sources.checkpoints.tf_bundles import Bundle
 
 _ALIKE = 1e-2
 """Relative difference of outputs beyond which the float64 model is not the stored one: rounding stays far below."""
+_OTHER_SEED = 982_451_653
 _SAVED = "a SavedModel keeps its graphs in the dtype that they were traced in"
 
 
@@ -117,7 +124,7 @@ def _keras(file: FrameworkFile, options: ModelOptions, kwargs: Mapping[str, obje
 
 def _of_keras(loaded: KerasModel, form: str, options: ModelOptions, notes: tuple[str, ...]) -> _Loaded:
     native = in_tensorflow(loaded, train=options.train)
-    stored = str(native.dtype).removeprefix("torch.")
+    stored = drawing_dtype(loaded.model)
 
     def twin() -> TensorFlowModel:
         wide = in_tensorflow(widened(loaded), train=options.train)
@@ -154,9 +161,10 @@ def _case(loaded: _Loaded, inputs: Inputs, chosen: ChosenLoss, options: ModelOpt
     """Everything put together."""
     native = loaded.native
     state = _state(native, inputs, options)
-    programs = Programs(model=native, arrays=inputs.arrays, state=state, seed=options.seed)
+    draws = _draws(native, inputs, options)
+    programs = Programs(model=native, arrays=inputs.arrays, state=state, seed=options.seed, draws=draws)
     as_stored = _precision(programs, chosen)
-    twin, twin_model, why = _twin(loaded, inputs, chosen, state, options)
+    twin, twin_model, why = _twin(loaded, inputs, chosen, programs, options)
     twin = as_stored if native.dtype == torch.float64 else twin
     model = twin_model or native
     arrays = inputs.arrays if twin_model is None else wide_arrays(inputs.arrays)
@@ -196,7 +204,7 @@ def _precision(programs: Programs, chosen: ChosenLoss) -> Precision:
 
 
 def _twin(
-    loaded: _Loaded, inputs: Inputs, chosen: ChosenLoss, state: Sequence[Any], options: ModelOptions
+    loaded: _Loaded, inputs: Inputs, chosen: ChosenLoss, stored: Programs, options: ModelOptions
 ) -> tuple[Precision | None, TensorFlowModel | None, str]:
     """The model in float64, or the reason why there is none."""
     if loaded.native.dtype == torch.float64:
@@ -212,8 +220,8 @@ def _twin(
         _compare(numbers(pick(inputs.output)), numbers(pick(output)))
     except NoTwin as reason:
         return None, None, str(reason)
-    own = _state(model, replace(inputs, arrays=arrays), options) if state else []
-    programs = Programs(model=model, arrays=arrays, state=own, seed=options.seed)
+    state = _state(model, replace(inputs, arrays=arrays), options) if stored.state else []
+    programs = Programs(model=model, arrays=arrays, state=state, seed=options.seed, draws=stored.draws)
     return _precision(programs, chosen), model, ""
 
 
@@ -249,6 +257,13 @@ def _state(model: TensorFlowModel, inputs: Inputs, options: ModelOptions) -> lis
     return changed
 
 
+def _draws(model: TensorFlowModel, inputs: Inputs, options: ModelOptions) -> bool:
+    """Whether the output depends on global random numbers; seeding them before every call takes a while."""
+    again = model.run(inputs.arrays, seed=options.seed + _OTHER_SEED)
+    pairs = zip(numbers(inputs.output), numbers(again), strict=True)
+    return not all(torch.equal(own, other) for own, other in pairs)
+
+
 def numbers(output: Any) -> list[Tensor]:
     """The arrays in an output."""
     flat = tf.nest.flatten(output)
@@ -264,10 +279,6 @@ def _state_notes(model: TensorFlowModel, options: ModelOptions) -> Iterator[str]
     """What is random in training mode, and what is frozen."""
     if options.train:
         yield f"dropout and all other randomness start from seed {options.seed} or the stored seeds in every call"
-    keras_frozen = [
-        name
-        for name, one in model.variables.items()
-        if name not in model.trainable and getattr(one, "trainable", False) and name not in model.weights
-    ]
-    if keras_frozen:
-        yield f"{len(keras_frozen)} weight tensors are frozen and not checked"
+    if model.frozen:
+        tensors = "1 weight tensor is" if model.frozen == 1 else f"{model.frozen} weight tensors are"
+        yield f"{tensors} frozen and not checked"

@@ -31,7 +31,7 @@ class TensorFlowModel:
     """A model as TensorFlow runs it.
 
     `call` takes the inputs in order, as its tensors; `variables` are all that it holds, by name, trainable or not;
-    `hidden` are others that a call may change (random seeds).
+    `hidden` are others that a call may change (random seeds); `frozen` counts weights whose training was switched off.
     """
 
     name: str
@@ -39,6 +39,7 @@ class TensorFlowModel:
     variables: Mapping[str, Any]
     trainable: frozenset[str]
     hidden: Sequence[Any] = ()
+    frozen: int = 0
     specs: tuple[InputSpec, ...] = ()
     root: Any = None
 
@@ -87,6 +88,7 @@ class Programs:
     arrays: Sequence[Tensor]
     state: Sequence[Any]
     seed: int
+    draws: bool = True
     _backend: VariableBackend | None = field(default=None)
     _native: list[Any] = field(default_factory=list)
 
@@ -115,6 +117,7 @@ class Programs:
             arguments=arguments,
             framework="tensorflow",
             seed=self.seed,
+            draws=self.draws,
             backend=backend,
         )
 
