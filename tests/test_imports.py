@@ -82,7 +82,7 @@ def frameworks_after(*words, cwd=ROOT):
         ["backends", "numpy", "torch"],
         ["jacobian", "fixtures/scores.npy"],
         ["jacobian", "fixtures/scores.npy", "--backend", "numpy,torch"],
-        ["jacobian", "fixtures/scores.npy", "--impl", "torch:softmax", "--backend", "torch"],
+        ["jacobian", "fixtures/scores.npy", "--impl", "torch.nn.functional:softmax", "--backend", "torch"],
         ["function", "torch.nn.functional:gelu", "--shape", "2,3"],
         ["model", "fixtures/ckpt.safetensors"],
     ],

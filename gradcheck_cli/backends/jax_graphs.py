@@ -53,25 +53,30 @@ def reasons_told() -> Iterator[None]:
     except UnsupportedDerivative:
         raise
     except Exception as problem:
-        reason = _reason(problem)
-        if reason is None:
-            raise
-        raise UnsupportedDerivative(reason) from problem
+        for found in _behind(problem):
+            reason = _reason(found)
+            if reason is not None:
+                raise UnsupportedDerivative(reason) from found
+        raise
+
+
+def _behind(problem: BaseException) -> Iterator[BaseException]:
+    """The error and those that it was raised from."""
+    found: BaseException | None = problem
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def _reason(problem: BaseException) -> str | None:
-    """Why JAX refuses, read from the error or from those behind it; None where it is no refusal of JAX."""
-    found: BaseException | None = problem
-    while found is not None:
-        text = str(found).partition("\n")[0]
-        if isinstance(found, UnsupportedDerivative):
-            return text
-        if isinstance(found, TypeError) and _NO_FORWARD_RULE in text:
-            return "the function has a custom_vjp rule, which forward mode cannot use"
-        if isinstance(found, ValueError | NotImplementedError | TypeError) and any(w in text for w in _NO_DERIVATIVE):
-            return text
-        found = found.__cause__ or found.__context__
-    return None
+    """Why JAX refuses; None where the error is no refusal of JAX."""
+    text = str(problem).partition("\n")[0]
+    if isinstance(problem, UnsupportedDerivative):
+        return text
+    if isinstance(problem, TypeError) and _NO_FORWARD_RULE in text:
+        return "the function has a custom_vjp rule, which forward mode cannot use"
+    refuses = isinstance(problem, ValueError | NotImplementedError | TypeError)
+    return text if refuses and any(words in text for words in _NO_DERIVATIVE) else None
 
 
 def traced(function: Callable[..., object], *arrays: object) -> jex.ClosedJaxpr:
@@ -93,12 +98,7 @@ def traced(function: Callable[..., object], *arrays: object) -> jex.ClosedJaxpr:
 
 def looks_at_numbers(problem: BaseException) -> bool:
     """Whether code failed because it is being traced: it branches on an array or converts it to NumPy."""
-    found: BaseException | None = problem
-    while found is not None:
-        if isinstance(found, _LOOKS_AT_NUMBERS):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
+    return any(isinstance(found, _LOOKS_AT_NUMBERS) for found in _behind(problem))
 
 
 def opened(jaxpr: Jaxpr) -> tuple[jex.Jaxpr, Sequence[Any]]:

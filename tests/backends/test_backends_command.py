@@ -253,10 +253,12 @@ JACOBIAN = ("jacobian", "fixtures/scores.npy", "--show", "none", "--impl")
 )
 def test_a_third_partys_framework_is_checked_like_ours(command, name, code):
     """HIPS autograd, known by its entry point alone: right code passes, a wrong rule fails and is named."""
-    done = softcheck(*command, f"{FUNCTIONS}:{name}", "--backend", "autograd", path=[PLUGIN])
+    done = softcheck(*command, f"{FUNCTIONS}:{name}", "--backend", "autograd", "-f", "json", path=[PLUGIN])
     assert (done.returncode, done.stderr) == (code, "")
-    assert re.search(r"^ *reverse mode .*autograd", done.stdout, re.MULTILINE)
-    assert ("diagonal-only: " in done.stdout) == (code == 1)
+    rows = json.loads(done.stdout)["results"]
+    (row,) = [row for row in rows if row["backend"] == "autograd" and row["method"].startswith("reverse mode")]
+    assert row["verdict"] == ("fail" if code else "pass")
+    assert (row["diagnosis"] or {}).get("code") == ("diagonal-only" if code else None)
 
 
 def test_without_its_package_the_framework_is_unknown(capsys, monkeypatch):

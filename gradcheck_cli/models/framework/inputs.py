@@ -13,6 +13,7 @@ from gradcheck_cli.sources.wording import did_you_mean, printable, some_of
 
 GIVE = "give inputs: --inputs FILE, or a shape such as --input-shape 4,64 or --input-shape 2,16:int:1000"
 _ROWS, _LENGTH, _SIDE = 4, 16, 32
+_LEAST_GAP, _LAYERS = 1e-2, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,3 +172,12 @@ def said(arrays: Sequence[Tensor]) -> str:
         for one in arrays
     ]
     return ", ".join(told) or "none"
+
+
+def alike(dtype: torch.dtype) -> float:
+    """Relative difference beyond which outputs in float64 are not those of the same model in the stored dtype.
+
+    Rounding stays far below: the rounding unit of the dtype times 64 layers one after the other, at least 1 %.
+    """
+    unit = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return max(_LEAST_GAP, _LAYERS * unit)

@@ -12,7 +12,7 @@ from gradcheck_cli.backends import load_backend
 from gradcheck_cli.backends.jax_start import jax, jnp
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.framework.arch import load_architecture
-from gradcheck_cli.models.framework.inputs import Asked, Inputs, model_inputs
+from gradcheck_cli.models.framework.inputs import Asked, Inputs, alike, model_inputs
 from gradcheck_cli.models.framework.jax_losses import ChosenLoss, choose_loss
 from gradcheck_cli.models.framework.jax_model import Call, JaxModel, Mode, draws_as_stored, jax_model
 from gradcheck_cli.models.framework.jax_tree import read_arrays
@@ -22,9 +22,6 @@ from gradcheck_cli.models.make import ModelOptions
 from gradcheck_cli.problem import UserCode, describe
 from gradcheck_cli.program.inputs import parse_kwargs
 from gradcheck_cli.program.program import Argument, Program
-
-_ALIKE = 1e-2
-"""Relative difference of outputs beyond which the float64 model is not the stored one."""
 
 
 def jax_case(options: ModelOptions) -> FrameworkCase:
@@ -168,7 +165,7 @@ class _Case:
             if other.is_floating_point() and other.dtype != torch.float64:
                 return None, f"with float64 parameters it still gives {str(other.dtype).removeprefix('torch.')}"
             size = float(own.double().abs().max()) if own.numel() else 0.0
-            if own.numel() and float((own.double() - other.double()).abs().max()) > _ALIKE * size:
+            if own.numel() and float((own.double() - other.double()).abs().max()) > alike(own.dtype) * size:
                 return None, "in float64 it gives other outputs (it draws other random numbers)"
         return found, ""
 

@@ -12,7 +12,7 @@ from gradcheck_cli.backends.tensorflow_arrays import from_native, to_native
 from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.framework.arch import Architecture, load_architecture
-from gradcheck_cli.models.framework.inputs import Asked, Inputs, model_inputs
+from gradcheck_cli.models.framework.inputs import Asked, Inputs, alike, model_inputs
 from gradcheck_cli.models.framework.keras_models import (
     KerasModel,
     drawing_dtype,
@@ -36,8 +36,6 @@ from gradcheck_cli.sources.checkpoints.framework_files import FrameworkFile, Fra
 from gradcheck_cli.sources.checkpoints.keras_files import read_keras
 from gradcheck_cli.sources.checkpoints.tf_bundles import Bundle
 
-_ALIKE = 1e-2
-"""Relative difference of outputs beyond which the float64 model is not the stored one: rounding stays far below."""
 _OTHER_SEED = 982_451_653
 _SAVED = "a SavedModel keeps its graphs in the dtype that they were traced in"
 
@@ -236,7 +234,7 @@ def _compare(native: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
             raise NoTwin(f"made again in float64, it still gives {str(other.dtype).removeprefix('torch.')}")
         size = float(own.double().abs().max()) if own.numel() else 0.0
         gap = float((own.double() - other).abs().max()) if own.numel() else 0.0
-        if gap > _ALIKE * size:
+        if gap > alike(own.dtype) * size:
             raise NoTwin(
                 "made again in float64, it gives other outputs (it draws other random numbers, or is another model)"
             )
