@@ -19,11 +19,12 @@ from gradcheck_cli.backends.base import (
 )
 from gradcheck_cli.backends.jax_derivatives import AtPoint, Repeated
 from gradcheck_cli.backends.jax_family import family
-from gradcheck_cli.backends.jax_graphs import interpreted, looks_at_numbers, reasons_told, traced
+from gradcheck_cli.backends.jax_graphs import Interpreter, interpreted, looks_at_numbers, reasons_told, traced
 from gradcheck_cli.backends.jax_loops import KeptLoops, disables_jit
 from gradcheck_cli.backends.jax_rounding import Played, SeededDraws
 from gradcheck_cli.backends.jax_rules import RulesAside, rules_in
 from gradcheck_cli.backends.jax_start import devices, jax
+from gradcheck_cli.backends.jax_stops import StopsAside, stops_in
 
 _SLOW, _SLOW_CALLS = 0.01, 3
 """Seconds of a call, and after how many such calls loops are compiled once for all; the first call is always slow."""
@@ -35,7 +36,7 @@ class JaxBackend(Backend):
     name = "jax"
 
     def __init__(self) -> None:
-        self._aside: RulesAside | None = None
+        self._aside: Interpreter | None = None
         self._played: Played | None = None
         self._slow_calls: Counter[tuple[object, ...]] = Counter()
 
@@ -143,11 +144,28 @@ class JaxBackend(Backend):
             graph = traced(function, *(self.native(point) for point in points))
         return tuple(dict.fromkeys(rules_in(graph)))
 
-    @contextlib.contextmanager
-    def rules_set_aside(self, *, only: CustomRule | None = None) -> Iterator[None]:
+    def rules_set_aside(self, *, only: CustomRule | None = None) -> AbstractContextManager[None]:
         """Inside, derivatives go through the forward of the user's custom rules (or of one of them) as written."""
+        return self._run_by(RulesAside(only))
+
+    def stops(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:
+        """The user's own calls of `lax.stop_gradient` in the function's graph.
+
+        Raises UnsupportedDerivative where JAX cannot trace the function.
+        """
+        with self.running(points):
+            graph = traced(function, *(self.native(point) for point in points))
+        return tuple(dict.fromkeys(stops_in(graph)))
+
+    def stops_set_aside(self) -> AbstractContextManager[None]:
+        """Inside, derivatives pass every `lax.stop_gradient`."""
+        return self._run_by(StopsAside())
+
+    @contextlib.contextmanager
+    def _run_by(self, interpreter: Interpreter) -> Iterator[None]:
+        """Inside, derivatives are those of the functions' graphs as the interpreter runs them."""
         before = self._aside
-        self._aside = RulesAside(only)
+        self._aside = interpreter
         try:
             yield
         finally:

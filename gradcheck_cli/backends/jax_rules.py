@@ -53,7 +53,7 @@ def rule_of(equation: jex.JaxprEqn) -> CustomRule | None:
         return CustomRule(name or "custom rule")
     if file.endswith(_WRAPPERS):
         return _wrapped(graph, file)
-    return None if _is_library(file) else CustomRule(name, f"{file}:{line}")
+    return None if is_library(file) else CustomRule(name, f"{file}:{line}")
 
 
 def _wrapped(graph: Jaxpr, wrapper: str) -> CustomRule | None:
@@ -62,7 +62,7 @@ def _wrapped(graph: Jaxpr, wrapper: str) -> CustomRule | None:
         frames = getattr(equation.source_info.traceback, "frames", ())
         inner: Any = None
         for frame in frames:  # innermost first
-            if frame.file_name == wrapper and inner is not None and not _is_library(inner.file_name):
+            if frame.file_name == wrapper and inner is not None and not is_library(inner.file_name):
                 name = inner.function_name.rpartition(".")[2]
                 return CustomRule(name, f"{inner.file_name}:{inner.line_num}")
             if _PASSED_THROUGH not in frame.file_name:
@@ -70,7 +70,8 @@ def _wrapped(graph: Jaxpr, wrapper: str) -> CustomRule | None:
     return None
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
+    """Whether a file belongs to JAX or a library on top of it, not to the user."""
     path = Path(file)
     if path.is_relative_to(Path(jax.__file__).parent):
         return True

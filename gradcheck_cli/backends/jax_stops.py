@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.backends.jax_graphs import CALLS, LOOPS, Interpreter, Jaxpr, Values, bind, graphs_in, opened
-from gradcheck_cli.backends.jax_rules import _is_library as is_library
+from gradcheck_cli.backends.jax_rules import is_library
 from gradcheck_cli.backends.jax_start import jex
 
 _STOP = "stop_gradient"

@@ -14,10 +14,12 @@ from gradcheck_cli.functions.rows import RowLayout
 from gradcheck_cli.problem import Problem, UserCode
 from gradcheck_cli.verdict.stream import Lines
 
-BATCHED_ENTRIES = 1 << 24
+_BATCHED_ENTRIES = 1 << 24
 """Entries up to which a framework checks all of them unasked, many lines at a call: n = 4096."""
-CALLED_ENTRIES = 1 << 21
+_CALLED_ENTRIES = 1 << 21
 """The same with one call for every line, each of which takes a millisecond and counts as 2^13 entries."""
+_BATCHED_FROM = 65
+"""Lines from which many are asked for at once: compiling that takes 50 to 200 ms, a single line about one."""
 QUICK = ("numpy", "torch")
 """Frameworks that softcheck's own methods are written in: they keep subnormal numbers, and calls cost little."""
 _COMPARED = 2
@@ -97,8 +99,8 @@ class Autodiff:
 
     @property
     def can_batch(self) -> bool:
-        """Whether many products at once are possible and are what single ones are."""
-        if self.found.apply_batched is None or self.lines == 1:
+        """Whether many products at once pay, are possible, and are what single ones are."""
+        if self.found.apply_batched is None or self.lines < _BATCHED_FROM:
             return False
         layout, scores = self.problem.layout, self.problem.scores
         sizes = (self.lines, layout.outputs if self.by_column else layout.inputs)
@@ -116,6 +118,10 @@ class Autodiff:
         size = single.abs().nan_to_num(posinf=0.0).max()
         same = (together - single).abs() <= size * (_SAME_ULPS * torch.finfo(scores.dtype).eps)
         return bool((same | (together == single) | (together.isnan() & single.isnan())).all())
+
+    def affordable(self, *, batched: bool) -> int:
+        """Numbers that may be computed in about a second."""
+        return _BATCHED_ENTRIES if batched or self.lines < _BATCHED_FROM else _CALLED_ENTRIES
 
     def _cast(self, direction: Tensor) -> Tensor:
         like = self.problem.scores if self.by_column else self.found.values[0]

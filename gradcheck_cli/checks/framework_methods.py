@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from gradcheck_cli.backends import known_backends, load_backend
 from gradcheck_cli.backends.base import Backend, UnsupportedDerivative
-from gradcheck_cli.checks.autodiff import BATCHED_ENTRIES, CALLED_ENTRIES, Autodiff, flushes_subnormals
+from gradcheck_cli.checks.autodiff import Autodiff, flushes_subnormals
 from gradcheck_cli.checks.built_in import METHODS, Context, no_value
 from gradcheck_cli.checks.candidate import Candidate
 from gradcheck_cli.checks.judge import Row, skipped
@@ -93,7 +93,7 @@ def _candidate(context: Context, backend: Backend, *, by_column: bool) -> Candid
         dtype=problem.scores.dtype,
         by_column=by_column,
         flushes=flushes_subnormals(backend, problem.scores.dtype),
-        largest=BATCHED_ENTRIES if batched or found.lines == 1 else CALLED_ENTRIES,
+        largest=found.affordable(batched=batched),
         operator=found.product,
         batched=found.products if batched else None,
     )

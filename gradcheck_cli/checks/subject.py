@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradcheck_cli.backends.base import Backend, UnsupportedDerivative
-from gradcheck_cli.checks.autodiff import BATCHED_ENTRIES, CALLED_ENTRIES, QUICK, Autodiff, flushes_subnormals
+from gradcheck_cli.checks.autodiff import QUICK, Autodiff, flushes_subnormals
 from gradcheck_cli.checks.candidate import Candidate, Operator, rounding_of
 from gradcheck_cli.checks.judge import Row, dtype_name, judged, skipped
 from gradcheck_cli.derivatives.finite_difference import differentiate, exact_direction, step_ladder
@@ -173,7 +173,7 @@ def _autodiff_candidate(
         impl.label,
         mode,
         by_column=by_column,
-        largest=_subject_entries(subject.backend, at_once=batched or found.lines == 1),
+        largest=SUBJECT_ENTRIES if subject.backend.name in QUICK else found.affordable(batched=batched),
         operator=found.product,
         batched=found.products if batched else None,
     )
@@ -184,12 +184,6 @@ def _first_line(reason: BaseException) -> str:
     while isinstance(reason, SoftcheckError) and reason.__cause__ is not None:
         reason = reason.__cause__
     return next(iter(str(reason).splitlines()), type(reason).__name__)
-
-
-def _subject_entries(backend: Backend, *, at_once: bool) -> int:
-    if backend.name in QUICK:
-        return SUBJECT_ENTRIES
-    return BATCHED_ENTRIES if at_once else CALLED_ENTRIES
 
 
 def _difference_candidate(

@@ -1,21 +1,15 @@
 """The table of frameworks, in every format."""
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from gradcheck_cli import __version__
-from gradcheck_cli.backends.inventory import Framework, Inventory
+from gradcheck_cli.backends.inventory import Inventory
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.results import EXIT_CODES, Verdict
 
-if TYPE_CHECKING:
-    from gradcheck_cli.reports.grid import Column, Lines
-
 SCHEMA = 1
-_NOTHING = "–"
 
 
 def exit_code(inventory: Inventory) -> int:
@@ -26,6 +20,54 @@ def exit_code(inventory: Inventory) -> int:
 def render_backends(name: str, inventory: Inventory, *, look: Look) -> str:
     """The inventory in the format called `name`, ending with a line break; same inventory and look, same text."""
     return BACKEND_FORMATS[name](inventory, look)
+
+
+def _json(inventory: Inventory, look: Look) -> str:
+    content = {
+        "schema": SCHEMA,
+        "softcheck": __version__,
+        "command": "backends",
+        "exit_code": look.exit_code,
+        "backends": [
+            {
+                "name": one.name,
+                "usable": one.usable,
+                "version": one.version or None,
+                "devices": list(one.devices),
+                "dtypes": list(one.dtypes),
+                "modes": list(one.modes),
+                "notes": list(one.notes),
+                "problem": one.problem or None,
+                "hint": one.hint or None,
+                "distribution": one.distribution or None,
+                "address": one.address,
+            }
+            for one in inventory.frameworks
+        ],
+    }
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _concise(inventory: Inventory, look: Look) -> str:
+    """One line for each framework."""
+    lines = []
+    for one in inventory.frameworks:
+        if one.usable:
+            name = f"{one.name} {one.version}"
+            parts = ["usable", name, ", ".join(one.devices), ", ".join(one.dtypes), ", ".join((*one.modes, *one.notes))]
+        else:
+            parts = ["not usable", one.name, one.problem, one.hint]
+        lines.append(": ".join(part for part in (*parts, one.distribution and f"from {one.distribution}") if part))
+    return "".join(f"{escape(line, unicode=look.unicode)}\n" for line in lines)
+
+
+def _table(inventory: Inventory, look: Look) -> str:
+    from gradcheck_cli.reports.backends_table import render_backends_table
+
+    return render_backends_table(inventory, look)
+
+
+BACKEND_FORMATS[name](inventory, look)
 
 
 def _json(inventory: Inventory, look: Look) -> str:
