@@ -75,9 +75,15 @@ def test_a_fully_masked_row_is_left_out_and_the_others_are_checked(framework: st
 def test_cross_entropy_means_in_every_framework_what_torch_means(framework: str) -> None:
     x = scores("normal", (3, 4), torch.float64)
     soft = torch.softmax(scores("normal", (3, 4), torch.float64, seed=5), -1)
-    targets = ({"target": torch.tensor([0, 3, 1])}, {"target": soft}, {"target": torch.tensor([0, 1, 1]), "ignore_index": 1})
+    targets = (
+        {"target": torch.tensor([0, 3, 1])},
+        {"target": soft},
+        {"target": torch.tensor([0, 1, 1]), "ignore_index": 1},
+    )
     weights = (None, torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64))
-    for target, weight, reduction, smoothing in itertools.product(targets, weights, ("mean", "sum", "none"), (None, 0.3)):
+    for target, weight, reduction, smoothing in itertools.product(
+        targets, weights, ("mean", "sum", "none"), (None, 0.3)
+    ):
         loss = {**target, "weight": weight, "reduction": reduction, "label_smoothing": smoothing}
         results = run(problem_of(x, "cross_entropy", temperature=2.0, **loss), methods=own_methods(framework))
         assert accused(results) == [], loss

@@ -11,7 +11,8 @@ Function = Callable[..., Sequence[object]]
 """A function of some arrays of the backend's own kind, which returns a list of such arrays."""
 Apply = Callable[[Sequence[Tensor]], list[Tensor | None]]
 """Cotangents (one for each value) to gradients (one for each point, None where the framework has none); or tangents
-(one for each point) to the values' tangents."""
+(one for each point) to the values' tangents. What comes back has the dtype of the point or value that it belongs to;
+for complex numbers the gradient is PyTorch's, of Re⟨v, f⟩."""
 
 
 class UnsupportedDerivative(NotImplementedError):

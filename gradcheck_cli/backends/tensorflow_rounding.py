@@ -147,7 +147,8 @@ class _Noise:
             parts = np.ascontiguousarray(array.astype(np.complex128)).reshape(*array.shape, 1).view(np.float64)
             return np.ascontiguousarray(self._scaled(parts, unit)).view(np.complex128)[..., 0]
         wide = array.astype(np.float64)
-        found: Array = wide * (1 + unit * self._drawn(wide.shape))
+        with np.errstate(over="ignore", invalid="ignore"):  # the largest number, as l2_normalize's bound
+            found: Array = wide * (1 + unit * self._drawn(wide.shape))
         return found
 
     def _drawn(self, shape: tuple[int, ...]) -> Array:

@@ -29,14 +29,14 @@ _SAME_ULPS = 16
 
 
 @functools.cache
-def flushes_subnormals(backend: Backend, dtype: torch.dtype) -> bool:
+def flushes_subnormals(backend: Backend, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the framework makes zeros of numbers below the smallest normal one, as XLA and TensorFlow do.
 
     Measured by a product that is exactly subnormal. False for numpy and torch, which keep them.
     """
     if backend.name in QUICK:
         return False
-    point = torch.tensor([(torch.finfo(dtype).smallest_normal ** 0.5) / 4], dtype=dtype)
+    point = torch.tensor([(torch.finfo(dtype).smallest_normal ** 0.5) / 4], dtype=dtype, device=device)
     code = UserCode(call=lambda x: x * x, label="x * x", options={})
     try:
         (value,) = backend.evaluate(lambda x: [code(x)], [point])

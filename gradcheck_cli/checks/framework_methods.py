@@ -92,7 +92,7 @@ def _candidate(context: Context, backend: Backend, *, by_column: bool) -> Candid
         device=backend.device(problem.scores),
         dtype=problem.scores.dtype,
         by_column=by_column,
-        flushes=flushes_subnormals(backend, problem.scores.dtype),
+        flushes=flushes_subnormals(backend, problem.scores.dtype, problem.scores.device),
         largest=found.affordable(batched=batched),
         operator=found.product,
         batched=found.products if batched else None,

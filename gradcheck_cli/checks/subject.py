@@ -86,10 +86,14 @@ def _candidate(problem: Problem, subject: Subject, name: str, method: str, **opt
         "device": subject.backend.device(problem.scores),
         "dtype": problem.scores.dtype,
         "by_column": False,
-        "flushes": flushes_subnormals(subject.backend, problem.scores.dtype),
+        "flushes": _flushes(subject, problem),
         "largest": SUBJECT_ENTRIES,
     }
     return Candidate(**(settings | options))  # type: ignore[arg-type]  # the keys are Candidate's own
+
+
+def _flushes(subject: Subject, problem: Problem) -> bool:
+    return flushes_subnormals(subject.backend, problem.scores.dtype, problem.scores.device)
 
 
 def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference: JacobianReference) -> CheckResult:
@@ -103,8 +107,7 @@ def forward_check(problem: Problem, subject: Subject, impl: UserCode, reference:
             f"{impl.label} returned shape {tuple(value.shape)}, but {problem.function.name} of scores of shape "
             f"{tuple(problem.scores.shape)} along axis {layout.axis} has shape {layout.output_shape}"
         )
-    dtype = problem.scores.dtype
-    bound = reference.bound_for(rounding_of(dtype, flushes=flushes_subnormals(subject.backend, dtype)))
+    bound = reference.bound_for(rounding_of(problem.scores.dtype, flushes=_flushes(subject, problem)))
     exact = Product(value=reference.value, bound=bound.value)
     defined = reference.defined_for(reference.outputs)
     worst = compare_product(layout.output_blocks(value), exact, defined=defined)

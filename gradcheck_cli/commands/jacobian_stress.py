@@ -238,7 +238,9 @@ def _notes(plan: LatticeOptions, named: frozenset[str], backend: str) -> tuple[s
     missing = missing if plan.every_axis else ["axis", *missing]
     notes = [f"not varied, because the code does not name them: {', '.join(missing)}"] if missing else []
     if not plan.memory:
-        notes.append(f"memory layouts and writes into arguments were left out: only NumPy and torch have them, not {backend}")
+        notes.append(
+            f"memory layouts and writes into arguments were left out: only NumPy and torch have them, not {backend}"
+        )
     if not plan.upstream:
         notes.append("no upstream gradient reaches a NumPy function: its value and its differences are checked")
     return tuple(notes)

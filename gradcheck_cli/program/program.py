@@ -144,10 +144,27 @@ class Program:
     def _foreign_rule(self, arrays: Sequence[Tensor]) -> list[object]:
         assert self.rule is not None
         engine, rule = self.engine, self.rule
+        if self.framework != "numpy":
+            return self._evaluated_rule(arrays)
         with engine.running(arrays):
             result = rule(*(engine.native(one) for one in arrays))
             found = list(result) if isinstance(result, tuple | list) else [result]
             return [None if one is None else engine.tensor(one, what=rule.label, like=arrays[0]) for one in found]
+
+    def _evaluated_rule(self, arrays: Sequence[Tensor]) -> list[object]:
+        """The rule as a function of the framework, so that its rounding can be played."""
+        rule = self.rule
+        assert rule is not None
+        given: list[bool] = []
+
+        def function(*own: object) -> list[object]:
+            result = rule(*own)
+            found = list(result) if isinstance(result, tuple | list) else [result]
+            given[:] = [one is not None for one in found]
+            return [one for one in found if one is not None]
+
+        values = iter(self.engine.evaluate(function, arrays))
+        return [next(values) if there else None for there in given]
 
 
 def _for_varied(found: list[object], program: Program, inputs: int) -> list[Tensor | None]:

@@ -104,3 +104,10 @@ def _listed(frameworks: Sequence[Framework]) -> Iterator[tuple[str, str]]:
 
 def _sign(*, usable: bool) -> tuple[str, str]:
     return ("✓ usable", "green") if usable else ("✗ not usable", "bold magenta")
+
+
+def _summary(inventory: Inventory, code: int) -> str:
+    usable = sum(one.usable for one in inventory.frameworks)
+    counted = f"{usable} of {len(inventory.frameworks)} frameworks can be used"
+    needed = f"; needed and not usable: {', '.join(inventory.missing)}" if inventory.missing else ""
+    return f"{counted}{needed} (exit code {code})"

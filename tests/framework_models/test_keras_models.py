@@ -109,7 +109,9 @@ def test_inputs_go_by_name_and_by_position(tmp_path: Path) -> None:
     np.savez(tmp_path / "named.npz", b=b, a=a)
     np.savez(tmp_path / "placed.npz", a, b)
     np.savez(tmp_path / "wrong.npz", a=a, c=b)
-    named, placed = (value(case_of(path, inputs=str(tmp_path / f"{one}.npz")).native.output) for one in ("named", "placed"))
+    named, placed = (
+        value(case_of(path, inputs=str(tmp_path / f"{one}.npz")).native.output) for one in ("named", "placed")
+    )
     assert torch.equal(named, placed)
     with pytest.raises(SoftcheckError, match="no input called c"):
         case_of(path, inputs=str(tmp_path / "wrong.npz"))
@@ -200,7 +202,9 @@ def test_losses_of_keras_and_of_the_user(tmp_path: Path) -> None:
     wanted = ((value(case.twin.output) - torch.from_numpy(np.load(tmp_path / "t.npy"))) ** 2).mean()
     assert value(case.twin.loss).dtype == torch.float64
     torch.testing.assert_close(value(case.twin.loss), wanted, rtol=1e-14, atol=0)
-    file = code(tmp_path, "import tensorflow as tf\ndef loss(y):\n    return tf.reduce_sum(y ** 2)\ndef bad(y):\n    return y\n")
+    file = code(
+        tmp_path, "import tensorflow as tf\ndef loss(y):\n    return tf.reduce_sum(y ** 2)\ndef bad(y):\n    return y\n"
+    )
     own = case_of(path, loss=f"{file}:loss")
     torch.testing.assert_close(value(own.twin.loss), (value(own.twin.output) ** 2).sum())
     with pytest.raises(SoftcheckError, match="not one floating-point number"):

@@ -29,9 +29,7 @@ class Case:
         return special_inputs(shapes, dtype=dtype, seed=seed, values=self.values)
 
     def program(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Program:
-        return make_program(
-            self.call, self.inputs(dtype, seed), name=self.name, framework=self.framework, seed=seed
-        )
+        return make_program(self.call, self.inputs(dtype, seed), name=self.name, framework=self.framework, seed=seed)
 
     def check(self, dtype: torch.dtype = torch.float64, *, seed: int = 0, order: int = 1) -> list[CheckResult]:
         return list(FunctionCheck(self.program(dtype, seed), FunctionPlan(order=order)).results())

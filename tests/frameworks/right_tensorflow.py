@@ -113,16 +113,46 @@ RIGHT = [
     *(
         case(getattr(tf.nn, name), name=name)
         for name in (
-            "relu", "relu6", "crelu", "elu", "selu", "gelu", "silu", "softplus", "softsign", "sigmoid", "tanh",
-            "leaky_relu", "softmax", "log_softmax", "l2_normalize",
+            "relu",
+            "relu6",
+            "crelu",
+            "elu",
+            "selu",
+            "gelu",
+            "silu",
+            "softplus",
+            "softsign",
+            "sigmoid",
+            "tanh",
+            "leaky_relu",
+            "softmax",
+            "log_softmax",
+            "l2_normalize",
         )
     ),
     *(
         case(getattr(tf.math, name), name=name)
         for name in (
-            "sin", "exp", "expm1", "atan", "sinh", "abs", "square", "erf", "cumsum", "cumprod", "cumulative_logsumexp",
-            "reduce_logsumexp", "reduce_prod", "reduce_max", "reduce_min", "reduce_mean", "reduce_variance",
-            "reduce_std", "log_sigmoid", "reduce_euclidean_norm",
+            "sin",
+            "exp",
+            "expm1",
+            "atan",
+            "sinh",
+            "abs",
+            "square",
+            "erf",
+            "cumsum",
+            "cumprod",
+            "cumulative_logsumexp",
+            "reduce_logsumexp",
+            "reduce_prod",
+            "reduce_max",
+            "reduce_min",
+            "reduce_mean",
+            "reduce_variance",
+            "reduce_std",
+            "log_sigmoid",
+            "reduce_euclidean_norm",
         )
     ),
     *(

@@ -18,9 +18,7 @@ def label(one: object) -> str:
 
 
 def spread(cases: list[Case]) -> list[object]:
-    return [
-        one if place % EVERY == 0 else pytest.param(one, marks=pytest.mark.slow) for place, one in enumerate(cases)
-    ]
+    return [one if place % EVERY == 0 else pytest.param(one, marks=pytest.mark.slow) for place, one in enumerate(cases)]
 
 
 @pytest.mark.parametrize("one", WRONG, ids=label)

@@ -36,8 +36,10 @@ SOFTMAX = {
     "1e-6 too large": (lambda s, g: (1 + 1e-6) * _right(s, g), ("scale",)),
     "1e-10 too large": (lambda s, g: (1 + 1e-10) * _right(s, g), ("scale",)),
     "tail dropped": (_tail, ("index-range",)),
-    "float16 inside": (lambda s, g: _right(s.astype(jnp.float16), g.astype(jnp.float16)).astype(g.dtype),
-                       ("low-precision", "quantised", "unrecognised")),
+    "float16 inside": (
+        lambda s, g: _right(s.astype(jnp.float16), g.astype(jnp.float16)).astype(g.dtype),
+        ("low-precision", "quantised", "unrecognised"),
+    ),
 }
 
 
@@ -87,8 +89,11 @@ def case(name, call, *shapes, accepted=()):
 WRONG = [
     *(case(f"softmax: {name}", softmax_with(rule), accepted=codes) for name, (rule, codes) in SOFTMAX.items()),
     case("softmax: jitted factor 2", jax.jit(softmax_with(SOFTMAX["factor 2"][0])), accepted=("scale",)),
-    case("softmax: in a scan", lambda x: lax.scan(
-        lambda c, row: (c, softmax_with(SOFTMAX["missing term"][0])(row)), 0.0, x)[1], accepted=("missing-dot-product",)),
+    case(
+        "softmax: in a scan",
+        lambda x: lax.scan(lambda c, row: (c, softmax_with(SOFTMAX["missing term"][0])(row)), 0.0, x)[1],
+        accepted=("missing-dot-product",),
+    ),
     case("custom_jvp 2x² for 3x²", wrong_cube, accepted=("scale",)),
     case("matmul without a transpose", matmul, "4,4", "4,4", accepted=("transposed",)),
     case("square 3x", square, accepted=("scale",)),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gradcheck_cli.backends.base import UnsupportedDerivative
+
 
 def entry_name(entry: int, value: Tensor) -> str:
     """A flat position among the real numbers of a tensor as [i, j], with the part of a complex one."""
@@ -21,7 +23,7 @@ def entry_name(entry: int, value: Tensor) -> str:
 
 def first_line(problem: BaseException) -> str:
     """The first line of an exception from the code under test, without our own words around it."""
-    cause = problem.__cause__ or problem
+    cause = problem if isinstance(problem, UnsupportedDerivative) else problem.__cause__ or problem
     return next(iter(str(cause).splitlines()), type(cause).__name__)
 
 

@@ -40,7 +40,7 @@ class Bundle:
         try:
             self._reader = tf.train.load_checkpoint(str(prefix))
             self.shapes: dict[str, list[int]] = dict(self._reader.get_variable_to_shape_map())
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
             raise self._damaged(error) from error
         if _OBJECTS not in self.shapes:
             raise SoftcheckError(
@@ -57,7 +57,7 @@ class Bundle:
 
         try:
             return self._reader.get_tensor(key)
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except (tf.errors.OpError, ValueError, RuntimeError, LookupError) as error:
             raise self._damaged(error) from error
 
     def tensor(self, key: str) -> Tensor | None:
