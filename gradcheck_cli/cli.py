@@ -144,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # With active waiting, OpenMP's threads spin between small kernels; measured 8-16 ms lost per kernel.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # TensorFlow writes notes on its build to standard error when the code under test imports it; both are needed.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -59,7 +59,7 @@ WRONG = (
     Wrong(name="gelu_wrong_constant", codes=("unrecognised",)),
     Wrong(name="matmul_swapped", codes=("transposed", "batch-coupled"), words=SQUARES),
     Wrong(name="norm_detached", codes=("partial-gradient",)),
-    Wrong(name="detached", codes=("partial-gradient", "unrecognised")),
+    Wrong(name="detached", codes=("partial-gradient",)),
     Wrong(name="cross_entropy_upstream_ignored", codes=("upstream-ignored",), words=LABELLED),
     Wrong(name="running_sum_wrong", codes=("identity",), frameworks=("jax",)),
 )

@@ -27,7 +27,7 @@ from gradcheck_cli.backends.tensorflow_arrays import (
     to_native,
 )
 from gradcheck_cli.backends.tensorflow_family import family
-from gradcheck_cli.backends.tensorflow_import import tf
+from gradcheck_cli.backends.tensorflow_import import quiet, tf
 from gradcheck_cli.backends.tensorflow_random import seeded
 from gradcheck_cli.backends.tensorflow_rounding import rounding_played
 from gradcheck_cli.backends.tensorflow_rules import functions_run_eagerly, met_rules, rules_set_aside
@@ -64,13 +64,16 @@ class TensorFlowBackend(Backend):
 
     @contextmanager
     def running(self, points: Sequence[Tensor]) -> Iterator[None]:
-        """On the device of the first point. Raises SoftcheckError where eager execution is switched off."""
+        """On the device of the first point, without TensorFlow's advice on tracing.
+
+        Raises SoftcheckError where eager execution is switched off.
+        """
         if not tf.compat.v1.executing_eagerly_outside_functions():
             raise SoftcheckError(
                 "TensorFlow's eager execution is switched off, so its gradients cannot be checked",
                 hint="remove tf.compat.v1.disable_eager_execution() or disable_v2_behavior() from the code",
             )
-        with tf.device(place(points[0].device if points else torch.device("cpu"))):
+        with tf.device(place(points[0].device if points else torch.device("cpu"))), quiet():
             yield
 
     def native(self, tensor: Tensor) -> object:

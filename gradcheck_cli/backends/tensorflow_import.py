@@ -85,6 +85,18 @@ def _without_chatter(kept: IO[bytes]) -> bytes:
     return "".join(line for line in lines if not line.startswith((*_CHATTER, *_LEVELS))).encode()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, TensorFlow's Python logger says no more than errors."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def inner(name: str) -> Any:
     """A module inside TensorFlow, by its name after `tensorflow.python.`; these have no promise of staying."""
     return import_module(f"tensorflow.python.{name}")

@@ -11,10 +11,9 @@ import torch
 
 from gradcheck_cli import __version__
 from gradcheck_cli.checks.autodiff import QUICK
-from gradcheck_cli.checks.built_in import METHODS
 from gradcheck_cli.checks.candidate import Advance, Coverage
 from gradcheck_cli.checks.detect import choose_backend
-from gradcheck_cli.checks.jacobian import JacobianCheck, JacobianPlan
+from gradcheck_cli.checks.jacobian import REFERENCE_METHOD, JacobianCheck, JacobianPlan
 from gradcheck_cli.checks.pictures import Show
 from gradcheck_cli.checks.setup import LossOptions, make_problem
 from gradcheck_cli.checks.subject import Subject
@@ -83,7 +82,7 @@ def run_jacobian(options: JacobianOptions, advance: Advance) -> Report:
         seed=options["seed"],
     )
     subject = _subject(options, problem)
-    if subject is None and not set(methods) & set(METHODS):
+    if subject is None and not set(methods) - {REFERENCE_METHOD}:
         raise SoftcheckError(
             "nothing to check: no built-in method is left and no code under test is given",
             hint="drop --method, or add --impl, --backward or --jacobian",

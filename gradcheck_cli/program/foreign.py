@@ -123,9 +123,12 @@ def filled(found: Sequence[Tensor | None], point: Sequence[Tensor]) -> list[Tens
 
 def tangents(stage: "Stage", direction: Sequence[Tensor]) -> list[Tensor]:
     """J u for every checked output by the framework's forward mode. Raises UnsupportedDerivative."""
-    with stage.scope(), stage.program.generators(), stage.program.code.running():
-        found = stage.program.engine.forward(native_function(stage), stage.point)
-        parts = found.apply([step.to(value.dtype) for step, value in zip(direction, stage.point, strict=True)])
+    steps = [step.to(value.dtype) for step, value in zip(direction, stage.point, strict=True)]
+    with stage.scope(), stage.program.code.running():
+        with stage.program.generators():
+            found = stage.program.engine.forward(native_function(stage), stage.point)
+        with stage.program.generators():  # the function runs again, with the same random numbers
+            parts = found.apply(steps)
     return filled(parts, found.values)
 
 

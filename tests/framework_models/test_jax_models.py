@@ -155,7 +155,9 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "KeyError" in refused(path, arch=f"{file}:linen").message
     assert "(inputs: 2×9 float32)" in refused(path, arch=f"{file}:apply", input_shapes=("2,9",)).message
     np.savez(tmp_path / "whole.npz", step=np.array(3))
-    assert "no floating-point parameters" in refused(tmp_path / "whole.npz", arch=f"{file}:apply", backend="jax").message
+    assert (
+        "no floating-point parameters" in refused(tmp_path / "whole.npz", arch=f"{file}:apply", backend="jax").message
+    )
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "_METADATA").write_text("{}")
     assert "Orbax" in refused(tmp_path / "orbax").message
@@ -184,7 +186,11 @@ def packed(tree: object) -> bytes:
         inner = packed([list(tree.shape), tree.dtype.name, tree.tobytes()])
         return b"\xc8" + struct.pack(">HB", len(inner), 1) + inner
     if isinstance(tree, str):
-        return bytes([0xA0 + len(tree)]) + tree.encode() if len(tree) < 32 else b"\xd9" + bytes([len(tree)]) + tree.encode()
+        return (
+            bytes([0xA0 + len(tree)]) + tree.encode()
+            if len(tree) < 32
+            else b"\xd9" + bytes([len(tree)]) + tree.encode()
+        )
     if isinstance(tree, bytes):
         return b"\xc5" + struct.pack(">H", len(tree)) + tree
     if isinstance(tree, int):

@@ -13,6 +13,7 @@ from gradcheck_cli.checks.function.compare import Miss, against_gradient, worst
 from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY
 from gradcheck_cli.checks.function.explain import explain
 from gradcheck_cli.checks.function.gradients import Gradient, reverse_mode
+from gradcheck_cli.checks.function.stopped import with_stops
 from gradcheck_cli.checks.function.wording import shown_path
 from gradcheck_cli.checks.model.worst import worst_entry
 from gradcheck_cli.errors import SoftcheckError
@@ -121,10 +122,14 @@ def _diagnosis(examined: Examined, misses: Sequence[Miss]) -> Diagnosis | None:
     zero = [miss for miss in misses if not bool(probe.gradient[miss.argument].any())]
     if len(zero) == len(misses):
         names = some_of([places[miss.argument] for miss in zero])
-        text = f"no gradient comes to {names}, although the value depends on it: its path is detached"
-        return Diagnosis(code="zero-gradient", message=text)
-    if examined.right is None and (same := _one_factor(misses)) is not None:
-        return _scale(same)
+        text = f"No gradient comes to {names}, although the value depends on it: its path is detached."
+        return with_stops(probe, Diagnosis(code="zero-gradient", message=text))
+    if examined.right is None:
+        unnamed = Diagnosis(code="unrecognised", message="")
+        if (cut := with_stops(probe, unnamed)) is not unnamed:
+            return cut
+        if (same := _one_factor(misses)) is not None:
+            return _scale(same)
     decisive = worst([miss for miss in misses if miss not in zero])
     if examined.right is None and probe.stage.point[decisive.argument].numel() > _COLUMNS:
         return None

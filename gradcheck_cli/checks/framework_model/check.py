@@ -12,7 +12,7 @@ from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.framework_model.head import head, loss
 from gradcheck_cli.checks.framework_model.native import NativeCheck
 from gradcheck_cli.checks.framework_model.parameters import ParameterCheck
-from gradcheck_cli.checks.framework_model.settings import loss_setting, rules_of
+from gradcheck_cli.checks.framework_model.settings import loss_setting, native_dtype, rules_of
 from gradcheck_cli.checks.framework_model.where import LayerSearch, remaining
 from gradcheck_cli.checks.function.plan import dtype_name
 from gradcheck_cli.checks.function.setting import Setting
@@ -117,9 +117,8 @@ class FrameworkModelCheck:
         wrong = parameters.wrong
         if wrong:
             wrong = yield from self._searched(held, parameters, deadline)
-        setting = parameters.probe.setting
-        if not wrong and setting.twin is not None and setting.is_narrow:
-            yield from self._in_stored_dtype(parameters, setting)
+        if not wrong and self._case.twin is not None and native_dtype(self._case) != torch.float64:
+            yield from self._in_stored_dtype(parameters)
 
     def _searched(
         self, held: Sequence[CheckResult], parameters: ParameterCheck, deadline: float
@@ -148,8 +147,8 @@ class FrameworkModelCheck:
             return
         yield from (row for row in parameters.each() if row.verdict is Verdict.FAIL)
 
-    def _in_stored_dtype(self, parameters: ParameterCheck, setting: Setting) -> Iterator[CheckResult]:
-        check = NativeCheck(setting, parameters, self._advance, resolution=self._plan.resolution)
+    def _in_stored_dtype(self, parameters: ParameterCheck) -> Iterator[CheckResult]:
+        check = NativeCheck(self._case, parameters, self._advance, resolution=self._plan.resolution)
         yield from self._guarded("parameters", lambda: check.results(each=self._plan.per_parameter))
         if check.wrong:
             yield from self._guarded("where", check.where)

@@ -10,15 +10,16 @@ from torch import Tensor
 from gradcheck_cli.backends.base import UnsupportedDerivative
 from gradcheck_cli.checks.candidate import Advance
 from gradcheck_cli.checks.framework_model.parameters import ParameterCheck
-from gradcheck_cli.checks.framework_model.settings import rules_of
+from gradcheck_cli.checks.framework_model.settings import native_dtype, rules_of, stage_of
 from gradcheck_cli.checks.function.compare import Miss, against_gradient
 from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, SECOND_SAMPLES
 from gradcheck_cli.checks.function.gradients import Gradient, plain_autodiff, reverse_mode, spread_of
 from gradcheck_cli.checks.function.plan import dtype_name
-from gradcheck_cli.checks.function.setting import Setting
+from gradcheck_cli.checks.function.setting import unit_of
 from gradcheck_cli.checks.function.wording import first_line, shown_path
 from gradcheck_cli.checks.model.rows import Labels
 from gradcheck_cli.errors import SoftcheckError
+from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.program.rounding import tolerance
 from gradcheck_cli.results import Checked, CheckResult, Diagnosis, Verdict
 from gradcheck_cli.sources.wording import some_of
@@ -35,13 +36,18 @@ _VANISHING = 1e-9
 class NativeCheck:
     """Compares stored dtype and twin, weight by weight; `wrong` are the weights that are off by more than rounding."""
 
-    def __init__(self, setting: Setting, parameters: ParameterCheck, advance: Advance, *, resolution: float) -> None:
-        assert setting.twin is not None
-        self._setting, self._parameters, self._advance = setting, parameters, advance
+    def __init__(self, case: FrameworkCase, parameters: ParameterCheck, advance: Advance, *, resolution: float) -> None:
+        self._case, self._parameters, self._advance = case, parameters, advance
         self._resolution = resolution
-        self._device = parameters.probe.row("", "", setting.native).device
+        self._stage = stage_of(case.native.loss)
+        self.dtype = native_dtype(case)
+        device = self._stage.program.device
+        self._unit = unit_of(self.dtype, device)
         self._labels = Labels(
-            group="parameters", device=self._device, dtype=setting.narrowest, backend=setting.program.engine.name
+            group="parameters",
+            device=case.backend.device(self._stage.point[0]),
+            dtype=self.dtype,
+            backend=case.backend.name,
         )
         self.allowed: Gradient = []
         self.expected: Gradient = []
@@ -71,7 +77,7 @@ class NativeCheck:
         if any(1 < miss.ratio < _PLAIN for miss in found.values()):
             self._sample(SECOND_SAMPLES)
             found = self._compared()
-        names = self._setting.places()
+        names = self._parameters.names
         self.wrong = [names[place] for place, miss in found.items() if miss.ratio > 1]
         yield self._summary(found, time.perf_counter() - started)
         for place, miss in found.items():
@@ -81,9 +87,9 @@ class NativeCheck:
     def where(self) -> Iterator[CheckResult]:
         """The custom rule that makes the gradient right in the stored dtype when it is set aside, if there is one."""
         text = f"wrong in {self._dtype} only"
-        for rule in rules_of(self._setting):
+        for rule in rules_of(self._parameters.probe.setting):
             try:
-                with self._setting.program.engine.rules_set_aside(only=rule):
+                with self._stage.program.engine.rules_set_aside(only=rule):
                     self.got = self._native()
             except (SoftcheckError, NotImplementedError, RuntimeError):
                 continue
@@ -103,20 +109,20 @@ class NativeCheck:
 
     @property
     def _dtype(self) -> str:
-        return dtype_name(self._setting.narrowest)
+        return dtype_name(self.dtype)
 
     def _native(self) -> Gradient:
-        return reverse_mode(self._setting.native, self._setting.cotangents)[0]
+        return reverse_mode(self._stage, self._parameters.probe.setting.cotangents)[0]
 
     def _sample(self, samples: int) -> None:
         """What a right gradient may be off by in the stored dtype, at least as much as is known already."""
         self._advance(0, samples, f"rounding in {self._dtype}")
-        twin, unit = self._setting.twin, self._setting.unit
-        assert twin is not None
-        source = reverse_mode if self._parameters.probe.trusted is None else plain_autodiff
+        probe, unit = self._parameters.probe, self._unit
+        twin, cotangents = probe.stage, probe.setting.cotangents
+        source = reverse_mode if probe.trusted is None else plain_autodiff
 
         def run() -> list[Tensor]:
-            return source(twin, self._setting.cotangents)[0]
+            return source(twin, cotangents)[0]
 
         spread = spread_of(twin, run, unit=unit, samples=samples)
         found = [NATIVE_SAFETY * part.to(torch.float64) for part in tolerance(spread, *self.expected, unit=unit)]
@@ -142,7 +148,7 @@ class NativeCheck:
         blind = [place for place in known if not relative[place] <= self._resolution and known[place] > least]
         reason = None
         if blind and not self.wrong:
-            names = some_of([self._setting.places()[place] for place in blind])
+            names = some_of([self._parameters.names[place] for place in blind])
             reason = f"rounding hides more than {self._resolution:.2g} of the gradient of {names}"
         verdict = Verdict.FAIL if self.wrong else Verdict.PASS
         if not self.wrong and 2 * len(blind) > len(known):
@@ -167,7 +173,7 @@ class NativeCheck:
             text = f"the gradient in {self._dtype} is off by {gap / size if size else float('inf'):.2g} of its size"
             diagnosis = Diagnosis(code="low-precision", message=f"{text} from float64 at the same numbers")
         return self._row(
-            self._setting.places()[place],
+            self._parameters.names[place],
             Verdict.FAIL if wrong else Verdict.PASS,
             miss=miss,
             place=place,

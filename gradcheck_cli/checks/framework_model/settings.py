@@ -20,24 +20,24 @@ _ORDER = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def loss_setting(case: FrameworkCase) -> Setting:
-    """The loss as a function of all trainable weights, as stored and in the twin; the upstream gradient is 1."""
-    native = _stage(case.native.loss)
-    native_value = [value.detach() for value in native.at_point()]
-    _require_number(native_value, case)
-    twin = None if case.twin is None else _stage(case.twin.loss)
-    twin_value = [] if twin is None else [value.detach() for value in twin.at_point()]
-    narrowest = native_dtype(case)
+    """The loss as a function of all trainable weights, in the twin or, without one, as stored; the upstream is 1."""
+    precision = case.twin or case.native
+    stage = stage_of(precision.loss)
+    value = [part.detach() for part in stage.at_point()]
+    _require_number(value, case)
+    narrowest = torch.float64 if case.twin is not None else native_dtype(case)
+    wide = narrowest == torch.float64
     setting = Setting(
-        native=native,
-        twin=twin,
-        no_twin=case.no_twin,
+        native=stage,
+        twin=replace(stage) if wide else None,
+        no_twin="" if wide else case.no_twin,
         outputs=("",),
-        native_value=native_value,
-        twin_value=twin_value,
-        cotangents=[[torch.ones_like(native_value[0])]],
-        matrix=torch.ones(1, 1, dtype=torch.float64),
+        native_value=value,
+        twin_value=value if wide else [],
+        cotangents=[[torch.ones_like(value[0])]],
+        matrix=torch.ones(1, 1, dtype=torch.float64, device=value[0].device),
         narrowest=narrowest,
-        unit=unit_of(narrowest, native.program.device),
+        unit=unit_of(narrowest, stage.program.device),
         downcasts=(),
         customs=(),
         left_out=(),
@@ -50,7 +50,8 @@ def _require_number(found: Sequence[Tensor], case: FrameworkCase) -> None:
         raise SoftcheckError(f"the loss ({case.loss_label}) is not one number", hint="return the mean over the batch")
 
 
-def _stage(program: Program) -> Stage:
+def stage_of(program: Program) -> Stage:
+    """A program of one output at the stored numbers."""
     values = tuple(argument.value for argument in program.arguments)
     return Stage(program=program, values=values, dtype=narrowest_of(program.varied_values()), kept=(0,))
 

@@ -70,6 +70,8 @@ class ForeignChecks:
     def _compiled(self, name: str) -> CheckResult:
         """Value and gradient of the function compiled by the framework against every function run eagerly."""
         engine = self._setting.program.engine
+        if self._setting.program.draws:
+            raise UnsupportedDerivative("compiled code draws other random numbers than the same code run eagerly")
         compiled = ForeignGraph(self._stage, wrap=engine.compiled)
         with engine.eager():
             plain = ForeignGraph(self._stage)

@@ -46,6 +46,8 @@ def framework_case(options: ModelOptions) -> FrameworkCase | None:
         chosen = _of_code(options.arch)
     if chosen in (None, "torch"):
         return None
+    if options.arch_kwargs is not None and options.arch is None:
+        raise SoftcheckError("--arch-kwargs goes with --arch")
     return _case(chosen, file, options)
 
 
