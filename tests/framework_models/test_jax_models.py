@@ -199,7 +199,7 @@ def packed(tree: object) -> bytes:
 
 
 def test_flax_files_are_read(tmp_path: Path) -> None:
-    arrays = {name: one for name, one in np.load(parameters(tmp_path)).items()}
+    arrays = dict(np.load(parameters(tmp_path)))
     tree = {"layers": {n: {k: arrays[f"layers/{n}/{k}"] for k in "wb"} for n in "01"}}
     state = {"step": 300, "params": tree, "opt_state": {"0": {"mu": tree}}, "nothing": None}
     path = tmp_path / "state.msgpack"

@@ -87,7 +87,7 @@ class Writing(tf.Module):
             if where == "read":
                 tf.io.read_file(path)
             elif where == "python":
-                tf.py_function(lambda: open(path, "w").close(), [], [])
+                tf.py_function(Path(path).touch, [], [])
             else:
                 tf.io.write_file(path, "x")
 
