@@ -16,8 +16,8 @@ from gradcheck_cli.verdict.stream import Lines
 
 _BATCHED_ENTRIES = 1 << 24
 """Entries up to which a framework checks all of them unasked, many lines at a call: n = 4096."""
-_CALLED_ENTRIES = 1 << 21
-"""The same with one call for every line, each of which takes a millisecond and counts as 2^13 entries."""
+_CALLED_ENTRIES = 1 << 23
+"""The same with one call for every line, each of which takes a millisecond and counts as 2^13 entries: n = 1024."""
 _BATCHED_FROM = 65
 """Lines from which many are asked for at once: compiling that takes 50 to 200 ms, a single line about one."""
 QUICK = ("numpy", "torch")

@@ -1,6 +1,7 @@
 """Cases of Keras models made in the test, with their float64 twin and the record of their layers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ def keras_case(
         output = programs.program(lambda value: value, name="the model's output")
         return Precision(output=output, loss=programs.program(loss, name="the loss")), programs
 
+    stored = str(native.dtype).removeprefix("torch.")
+
+    def drawing(values: Sequence[Any]) -> Any:
+        with draws_as_stored(stored):
+            return wide_call(values)
+
+    wide_call = twin.call
+    twin = replace(twin, call=drawing)
     own, programs = precision(native)
     wide, _ = precision(twin)
     return FrameworkCase(

@@ -151,7 +151,7 @@ def test_stop_gradient_on_a_path_is_caught():
     fault = the_fault(case(mlp(lambda h: jnp.tanh(h) - jax.lax.stop_gradient(h).mean(1, keepdims=True))))
     assert fault.diagnosis is not None
     assert fault.diagnosis.code == "partial-gradient"
-    assert "stop_gradient" in fault.diagnosis.message
+    assert "stop_gradient at " in fault.diagnosis.message
 
 
 def test_stop_gradient_on_a_weight_is_caught():

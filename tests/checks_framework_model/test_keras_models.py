@@ -134,7 +134,7 @@ def marks(node: ModuleNode) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("factor", [1.5, 1 + 1e-6, 1 + 1e-12])
+@pytest.mark.parametrize("factor", [1.5, 1 + 1e-12])
 def test_the_layer_in_a_nested_model_is_named(factor: float):
     name = f"wrong_{factor}".replace(".", "_")
     inside = start = keras.Input((5,))
@@ -188,6 +188,8 @@ def test_a_cut_path_names_its_layer():
     assert fault.name == "cut (Cut)"
     assert fault.diagnosis is not None
     assert fault.diagnosis.code == "partial-gradient"
+    assert "stop_gradient at " in fault.diagnosis.message
+    assert "test_keras_models.py:" in str(fault.diagnosis.detail["place"])
 
 
 def test_a_detached_kernel_names_its_layer():

@@ -170,6 +170,18 @@ def test_wrong_in_the_stored_dtype_only():
     assert str(where.diagnosis.detail["function"]).endswith("Rule")
 
 
+def test_a_twin_that_is_another_function_does_not_accuse():
+    def model(p: Weights) -> Tensor:
+        shifted = p["a.bias"] + (0.5 if p["a.bias"].dtype == torch.float64 else 0.0)
+        return mlp(torch.tanh)(p | {"a.bias": shifted})
+
+    _, rows = check(toy_case(weights(), model, targets=Y, dtype=torch.float32))
+    assert not failing(rows)
+    (row,) = [row for row in rows if row.reference == "float64 twin"]
+    assert row.verdict is Verdict.INCONCLUSIVE
+    assert "more apart than rounding explains" in str(row.reason)
+
+
 def test_without_a_twin_the_stored_dtype_is_differenced():
     right = toy_case(weights(), mlp(torch.tanh), targets=Y, dtype=torch.float32, twin=False)
     made, rows = check(right)

@@ -28,6 +28,7 @@ _CUT = (
     "numbers in between)"
 )
 _STRAIGHT = "what it goes round has no derivative (a rounding or a step): a straight-through estimator"
+_UNNAMED = Diagnosis(code="unrecognised", message="")
 _VAGUE = ("unrecognised", "custom-function")
 
 
@@ -115,23 +116,32 @@ def _misses(probe: Probe) -> list[Miss]:
 
 
 def _diagnosis(examined: Examined, misses: Sequence[Miss]) -> Diagnosis | None:
-    """The mistake by the means of `softcheck function`; by differences alone where few entries are to be moved."""
-    probe, places = examined.probe, examined.probe.setting.places()
+    """The mistake: a path that is cut, one factor, or what the dictionaries of `softcheck function` name."""
+    probe = examined.probe
     if not misses:
         return None
     zero = [miss for miss in misses if not bool(probe.gradient[miss.argument].any())]
-    if len(zero) == len(misses):
-        names = some_of([places[miss.argument] for miss in zero])
-        text = f"No gradient comes to {names}, although the value depends on it: its path is detached."
-        return with_stops(probe, Diagnosis(code="zero-gradient", message=text))
-    if examined.right is None:
-        unnamed = Diagnosis(code="unrecognised", message="")
-        if (cut := with_stops(probe, unnamed)) is not unnamed:
-            return cut
-        if (same := _one_factor(misses)) is not None:
-            return _scale(same)
+    known = examined.right is not None
+    if len(zero) == len(misses) or not known:
+        found = _cut(probe, misses) if len(zero) == len(misses) else with_stops(probe, _UNNAMED)
+        if found is not _UNNAMED:
+            return found
+    if not known and (same := _one_factor(misses)) is not None:
+        return _scale(same)
     decisive = worst([miss for miss in misses if miss not in zero])
-    if examined.right is None and probe.stage.point[decisive.argument].numel() > _COLUMNS:
+    return _by_formula(probe, decisive, misses, known=known)
+
+
+def _cut(probe: Probe, misses: Sequence[Miss]) -> Diagnosis:
+    """No gradient at all, and the place where it is stopped if that can be told."""
+    names = some_of([probe.setting.places()[miss.argument] for miss in misses])
+    text = f"No gradient comes to {names}, although the value depends on it: its path is detached."
+    return with_stops(probe, Diagnosis(code="zero-gradient", message=text))
+
+
+def _by_formula(probe: Probe, decisive: Miss, misses: Sequence[Miss], *, known: bool) -> Diagnosis | None:
+    """By the means of `softcheck function`; where the right entries are not known, only if few are to be moved."""
+    if not known and probe.stage.point[decisive.argument].numel() > _COLUMNS:
         return None
     if probe.failed is None or probe.failed[0].argument < 0:
         probe.failed = (decisive, probe.stage)

@@ -13,7 +13,7 @@ from gradcheck_cli.checks.framework_model.parameters import ParameterCheck
 from gradcheck_cli.checks.framework_model.settings import native_dtype, rules_of, stage_of
 from gradcheck_cli.checks.function.compare import Miss, against_gradient
 from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, SECOND_SAMPLES
-from gradcheck_cli.checks.function.gradients import Gradient, plain_autodiff, reverse_mode, spread_of
+from gradcheck_cli.checks.function.gradients import Gradient, plain_autodiff, reverse_mode, spread_of, value_rounding
 from gradcheck_cli.checks.function.plan import dtype_name
 from gradcheck_cli.checks.function.setting import unit_of
 from gradcheck_cli.checks.function.wording import first_line, shown_path
@@ -29,6 +29,8 @@ SAMPLES = (2, 8)
 _LARGE = 1 << 20
 _PLAIN = 16.0
 """An error of this many bounds is no accident of few samples."""
+_VALUE_SAFETY = 16.0
+"""Multiple of what rounding was seen to do to the loss by which stored dtype and twin may differ."""
 _VANISHING = 1e-9
 """A gradient of this share of the median tensor's is zero but for rounding, and hidden in any narrower dtype."""
 
@@ -68,6 +70,9 @@ class NativeCheck:
             yield self._row("every tensor", Verdict.SKIPPED, reason=reason)
             return
         try:
+            if other := self._another_function():
+                yield other
+                return
             self.got = self._native()
         except (SoftcheckError, NotImplementedError, RuntimeError) as problem:
             reason = f"the model does not run in its own dtype: {first_line(problem)}"
@@ -83,6 +88,18 @@ class NativeCheck:
         for place, miss in found.items():
             if each or miss.ratio > 1:
                 yield self._tensor_row(place, miss)
+
+    def _another_function(self) -> CheckResult | None:
+        """A row where the two losses differ by more than rounding: then their gradients have nothing to say."""
+        probe = self._parameters.probe
+        wide, narrow = float(probe.setting.center[0]), float(self._stage.at_point()[0])
+        allowed = _VALUE_SAFETY * float(value_rounding(probe.stage, unit=self._unit)[0])
+        allowed += _VALUE_SAFETY * self._unit * abs(wide)
+        if abs(wide - narrow) <= allowed:
+            return None
+        reason = f"the loss is {narrow:.6g} in {self._dtype} and {wide:.6g} in float64, more apart than rounding "
+        reason += "explains: overflow, or random numbers that are other ones in float64"
+        return self._row("every tensor", Verdict.INCONCLUSIVE, reason=reason)
 
     def where(self) -> Iterator[CheckResult]:
         """The custom rule that makes the gradient right in the stored dtype when it is set aside, if there is one."""

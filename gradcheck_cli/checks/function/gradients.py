@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcheck_cli.backends.base import UnsupportedDerivative
 from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.functions.reference import Rounding
@@ -60,7 +61,20 @@ def candidates(setting: Setting) -> list[Candidate]:
             f"{setting.program.name} is a {label} function, and {label} has no gradient to check",
             hint="add --backward TARGET, a rule backward(x, grad_output) -> grad_x",
         )
+    if not setting.program.is_torch:
+        _require_gradient(setting)
     return [Candidate(method="reverse mode", source=reverse_mode)]
+
+
+def _require_gradient(setting: Setting) -> None:
+    """Raises SoftcheckError with the framework's reason where it cannot differentiate the function at all."""
+    try:
+        setting.native.reverse(setting.cotangents[:1])
+    except UnsupportedDerivative as reason:
+        raise SoftcheckError(
+            f"{setting.program.name}: {setting.program.label} cannot differentiate it: {reason}",
+            hint="add --backward TARGET, a rule backward(x, grad_output) -> grad_x",
+        ) from reason
 
 
 def rounding_tolerance(

@@ -55,7 +55,7 @@ def _in_torch(checks: DerivativeChecks) -> tuple[list[str], list[Gradient]]:
 
 
 def _elsewhere(checks: DerivativeChecks) -> tuple[list[str], list[Gradient]]:
-    stage, engine = checks.stage, checks.setting.program.engine
+    stage, engine = checks.stage, checks.stage.program.engine
     stops = engine.stops(foreign.native_function(stage), stage.point)
     if not stops:
         return [], []
