@@ -168,7 +168,7 @@ def interrupt(start):
 
 
 EVERY_OPTION = (
-    "--arch", "net.py:Net", "--arch-kwargs", '{"width": 4}', "--inputs", "in puts.npz", "--input-shape", "1,8:int:9",
+    "--arch", "net.py:Net", "--arch-kwargs", '{"width": 4}', "--backend", "torch", "--inputs", "in puts.npz", "--input-shape", "1,8:int:9",
     "--input-shape", "3", "--targets", "y.npy", "--loss", "net.py:loss", "--train", "--device", "cuda:1", "--dtype",
     "float32", "--seed", "7", "--only", "h.*", "--only", "input", "--skip", "*.bias", "--budget", "2.5",
     "--per-parameter", "--trust-checkpoint", "--resolution", "0.1", "--allow", "straight-through",
@@ -179,8 +179,8 @@ def test_every_option_reaches_the_case_and_the_plan(run):
     code, report, err = run("pass", *EVERY_OPTION, "-f", "json", "-q")
     assert code == 0, err
     assert eval(report["facts"]["options"]) == [
-        ("arch", "net.py:Net"), ("arch_kwargs", '{"width": 4}'), ("device", "cuda:1"), ("input_shapes", ("1,8:int:9", "3")),
-        ("inputs", "in puts.npz"), ("loss", "net.py:loss"), ("path", "ckpt.pt"), ("seed", 7), ("targets", "y.npy"),
+        ("arch", "net.py:Net"), ("arch_kwargs", '{"width": 4}'), ("backend", "torch"), ("device", "cuda:1"),
+        ("input_shapes", ("1,8:int:9", "3")), ("inputs", "in puts.npz"), ("loss", "net.py:loss"), ("path", "ckpt.pt"), ("seed", 7), ("targets", "y.npy"),
         ("train", True), ("trust", True),
     ]  # fmt: skip
     assert report["facts"]["plan"] == (
@@ -194,7 +194,7 @@ def test_every_option_reaches_the_case_and_the_plan(run):
 def test_the_defaults(run):
     _, report, _ = run("pass", "-f", "json")
     assert eval(report["facts"]["options"]) == [
-        ("arch", None), ("arch_kwargs", None), ("device", "cpu"), ("input_shapes", ()), ("inputs", None),
+        ("arch", None), ("arch_kwargs", None), ("backend", None), ("device", "cpu"), ("input_shapes", ()), ("inputs", None),
         ("loss", "cross-entropy"), ("path", "ckpt.pt"), ("seed", 0), ("targets", None), ("train", False),
         ("trust", False),
     ]  # fmt: skip

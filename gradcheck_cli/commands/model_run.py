@@ -15,7 +15,6 @@ from gradcheck_cli.commands.function_run import versions
 from gradcheck_cli.commands.options import collect
 from gradcheck_cli.devices import device_label
 from gradcheck_cli.models.case import ModelCase
-from gradcheck_cli.models.framework.choose import framework_case
 from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.models.make import ModelOptions, load_case
 from gradcheck_cli.results import CheckResult, Report, Verdict
@@ -48,10 +47,9 @@ class ModelArguments(TypedDict):
 def run_model(options: ModelArguments, advance: Advance) -> Report:
     """The report of one run, or of what Ctrl-C left of it. Raises SoftcheckError where nothing can be verified."""
     with contextlib.redirect_stdout(sys.stderr):  # what the model prints is no part of the report
-        foreign = framework_case(_case_options(options))
-        if foreign is not None:
-            return _run_framework(foreign, options, advance)
         loaded = load_case(_case_options(options))
+        if isinstance(loaded, FrameworkCase):
+            return _run_framework(loaded, options, advance)
         case, checkpoint = loaded.case, loaded.checkpoint
         check = ModelCheck(case, _plan(options), advance, tensors=checkpoint.tensors)
         collected = collect(check.results())

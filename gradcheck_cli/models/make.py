@@ -10,6 +10,7 @@ from gradcheck_cli.devices import resolve_device
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.arch import build_architecture
 from gradcheck_cli.models.case import ModelCase, main_dtype
+from gradcheck_cli.models.framework_case import FrameworkCase
 from gradcheck_cli.models.inputs import model_inputs
 from gradcheck_cli.models.losses import CROSS_ENTROPY, model_loss
 from gradcheck_cli.models.rebuild import rebuild
@@ -64,15 +65,21 @@ class _Model:
 
 
 def make_case(options: ModelOptions) -> ModelCase:
-    """The model that the options name, on its device and in its mode, with inputs and loss.
+    """The model of torch that the options name, on its device and in its mode, with inputs and loss.
 
     Raises SoftcheckError for everything that cannot be read, built, run or placed.
     """
-    return load_case(options).case
+    return _torch_case(options).case
 
 
-def load_case(options: ModelOptions) -> LoadedCase:
-    """As `make_case`, with the checkpoint beside it, so that its tensors are read once."""
+def load_case(options: ModelOptions) -> LoadedCase | FrameworkCase:
+    """As `make_case`, with the checkpoint beside it, so that its tensors are read once; or another framework's case."""
+    from gradcheck_cli.models.framework.choose import framework_case
+
+    return framework_case(options) or _torch_case(options)
+
+
+def _torch_case(options: ModelOptions) -> LoadedCase:
     from gradcheck_cli.sources.checkpoints.read import read_checkpoint
 
     device = resolve_device(options.device)

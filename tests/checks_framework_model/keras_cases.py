@@ -10,7 +10,7 @@ from torch import Tensor
 from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.models.framework.keras_models import KerasModel, in_tensorflow
 from gradcheck_cli.models.framework.keras_start import keras_module
-from gradcheck_cli.models.framework.keras_twin import widened
+from gradcheck_cli.models.framework.keras_twin import draws_as_stored, widened
 from gradcheck_cli.models.framework.tf_model import Programs, TensorFlowModel
 from gradcheck_cli.models.framework.tf_parts import parts_of
 from gradcheck_cli.models.framework.tf_record import record_calls

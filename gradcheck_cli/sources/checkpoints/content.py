@@ -18,9 +18,10 @@ class Content(Enum):
     NPZ = auto()
 
 
-NOT_KERAS = "TensorFlow and Keras checkpoints are not read"
+NOT_KERAS = "TensorFlow and Keras checkpoints are not read here"
 _SUPPORTED = (
-    "supported are torch.save files, TorchScript, torch.export .pt2, .safetensors, .npz and Hugging Face folders"
+    "supported are torch.save files, TorchScript, torch.export .pt2, .safetensors, .npz, Hugging Face folders, and of "
+    "other frameworks .keras, .h5, SavedModel folders, TensorFlow checkpoints and Flax's .msgpack"
 )
 _UNPACK = "unpack it and name the file inside"
 _STATE_DICT = "save the tensors with torch.save(model.state_dict(), path)"
