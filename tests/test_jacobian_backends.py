@@ -452,8 +452,8 @@ def wrong_for_rank_3(x, axis=-1):
     s = jax.nn.softmax(x, axis)
     return s + (s - jax.lax.stop_gradient(s) if x.ndim == 3 else 0)
 
-def global_maximum(x, axis=-1):
-    e = jnp.exp(x - x.max())
+def no_maximum(x, axis=-1):
+    e = jnp.exp(x)
     return e / e.sum(axis, keepdims=True)
 ''',
     "tensorflow": '''
@@ -466,8 +466,8 @@ def wrong_for_rank_3(x, axis=-1):
     s = tf.nn.softmax(x, axis)
     return s + (s - tf.stop_gradient(s) if x.shape.rank == 3 else 0)
 
-def global_maximum(x, axis=-1):
-    e = tf.exp(x - tf.reduce_max(x))
+def no_maximum(x, axis=-1):
+    e = tf.exp(x)
     return e / tf.reduce_sum(e, axis, keepdims=True)
 ''',
 }  # fmt: skip
@@ -486,7 +486,7 @@ def stressed(tmp_path):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("case", ["plain", "ranks and axes", "values", "masks", "upstream", "called twice", "dtype"])
+@pytest.mark.parametrize("case", ["plain", "values", "masks", "upstream", "called twice", "dtype bfloat16"])
 def test_right_code_is_never_accused_under_stress(framework, case, stressed):
     code, report = stressed(framework, "right", "--case", case)
     assert code == 0, [row for row in report["results"] if row["verdict"] not in ("pass", "skipped")]
@@ -495,7 +495,7 @@ def test_right_code_is_never_accused_under_stress(framework, case, stressed):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize(("name", "group"), [("wrong_for_rank_3", "ranks and axes"), ("global_maximum", "values")])
+@pytest.mark.parametrize(("name", "group"), [("wrong_for_rank_3", "ranks and axes"), ("no_maximum", "values")])
 def test_conditional_faults_are_found_under_stress(framework, name, group, stressed):
     code, report = stressed(framework, name, "--case", group)
     assert code == 1

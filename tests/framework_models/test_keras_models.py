@@ -189,6 +189,7 @@ def test_a_model_that_is_built_on_its_first_call_needs_inputs(tmp_path: Path) ->
         case_of(path, arch=f"{file}:Sub", arch_kwargs='{"hidden": 7}')
     case = case_of(path, arch=f"{file}:Sub", arch_kwargs='{"hidden": 7}', input_shapes=("2,4",))
     assert len(case.native.names) == 4
+    assert case.twin is not None, case.no_twin  # its code made it again: its configuration forgets the size
     with pytest.raises(SoftcheckError, match="misshaped"):
         case_of(path, arch=f"{file}:Sub", input_shapes=("2,4",))
 
@@ -211,6 +212,31 @@ def test_losses_of_keras_and_of_the_user(tmp_path: Path) -> None:
         case_of(path, loss=f"{file}:bad")
     with pytest.raises(SoftcheckError, match="none were given"):
         case_of(path, loss="keras.losses:MeanSquaredError")
+
+
+def test_outputs_and_inputs_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    inputs = keras.Input((4,))
+    outputs = {"aux": layers.Dense(2, name="aux")(inputs), "logits": layers.Dense(3, name="own")(inputs)}
+    case = case_of(saved(keras.Model(inputs, outputs), tmp_path / "d.keras"))
+    assert value(case.native.output).shape == (4, 3)
+    single = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")])
+    with pytest.raises(SoftcheckError, match="single class") as caught:
+        case_of(saved(single, tmp_path / "s.keras"))
+    assert "keras.losses" in (caught.value.hint or "")
+    text = keras.Sequential(
+        [keras.Input((), dtype="string"), layers.StringLookup(vocabulary=["a"]), layers.Embedding(3, 2)]
+    )
+    with pytest.raises(SoftcheckError, match="takes text"):
+        case_of(saved(text, tmp_path / "t.keras"))
+
+
+def test_images_have_their_classes_last(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((6, 6, 2)), layers.Conv2D(3, 3, padding="same")])
+    case = case_of(saved(model, tmp_path / "m.keras"))
+    assert case.axis == 3
+    assert case.targets.shape == (4, 6, 6)
+    wanted = torch.nn.functional.cross_entropy(value(case.twin.output).movedim(-1, 1), case.targets)
+    torch.testing.assert_close(value(case.twin.loss), wanted, rtol=1e-12, atol=0)
 
 
 def test_dtypes_anywhere_in_a_configuration_are_widened() -> None:

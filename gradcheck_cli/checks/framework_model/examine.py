@@ -83,7 +83,7 @@ def _look_elsewhere(found: Examined) -> None:
 
 def _reconsider(found: Examined) -> None:
     """Looks beside the point: where the gradient is right there, only the choice of a slope at kinks differs."""
-    right = next((look for look in (_is_right_beside(found, n) for n in range(BESIDE)) if look is not None), None)
+    right = next((look for look in (_looked_beside(found, n) for n in range(BESIDE)) if look is not None), None)
     if right is None:
         _unconfirmed(found)
     elif right:
@@ -113,14 +113,20 @@ def _at_kinks(found: Examined) -> None:
         found.forward = replace(found.forward, verdict=Verdict.SKIPPED, reason=KINKS)
 
 
-def _is_right_beside(found: Examined, attempt: int) -> bool | None:
+def _looked_beside(found: Examined, attempt: int) -> bool | None:
     """Whether the gradient is right at a point beside this one; None where that cannot be told."""
+    exact_fails = found.exact is not None and found.exact.verdict is Verdict.FAIL
     try:
-        beside = found.probe.beside(attempt)
-        difference = beside.by_difference()
-        exact = beside.by_exact() if found.exact is not None else None
+        if exact_fails and found.difference.verdict is not Verdict.INCONCLUSIVE:
+            return found.probe.is_as_written_beside(attempt)
+        return _is_right_beside(found, found.probe.beside(attempt))
     except (SoftcheckError, NotImplementedError, RuntimeError):
         return None
+
+
+def _is_right_beside(found: Examined, beside: Probe) -> bool | None:
+    difference = beside.by_difference()
+    exact = beside.by_exact() if found.exact is not None else None
     blind = found.difference.verdict is difference.verdict is Verdict.INCONCLUSIVE
     if difference.verdict is Verdict.FAIL:
         return False

@@ -22,7 +22,7 @@ from gradcheck_cli.checks.function.compare import (
 )
 from gradcheck_cli.checks.function.derivative import NATIVE_SAFETY, DerivativeChecks
 from gradcheck_cli.checks.function.forward_mode import tangents
-from gradcheck_cli.checks.function.gradients import Candidate, Gradient, reverse_mode
+from gradcheck_cli.checks.function.gradients import Candidate, Gradient, plain_autodiff, reverse_mode
 from gradcheck_cli.checks.function.plan import FunctionPlan, no_progress
 from gradcheck_cli.checks.function.setting import Setting
 from gradcheck_cli.checks.function.slopes import Slopes, project_tangent
@@ -35,6 +35,8 @@ from gradcheck_cli.results import CheckResult, Mismatch, Verdict
 FORWARD_SAFETY = 4.0
 """Forward and reverse mode each round in their own way: a multiple of what rounding allows one of them."""
 _LEAST_ULPS = 64.0
+_WIDER = 4.0
+"""Rounding at a point near the one where it was measured."""
 _SAMPLES = (3, 8)
 """Runs with random rounding for a large model and for a small one."""
 _LARGE = 1 << 20
@@ -177,14 +179,23 @@ class Probe(DerivativeChecks):
     def exact_misses(self) -> dict[int, Miss]:
         """The worst miss of every chosen argument beside the forward's own derivative, which must be known."""
         assert self.trusted is not None
-        right = self.trusted.gradients[0]
+        return self._misses_of(self.gradient, self.trusted.gradients[0], self.tolerance[0])
+
+    def _misses_of(self, got: Gradient, right: Gradient, tolerance: Gradient) -> dict[int, Miss]:
         found = {}
-        for place, (got, chosen) in enumerate(zip(self.gradient, self.chosen, strict=True)):
-            if chosen and got.numel():
-                allowed = NATIVE_SAFETY * self.tolerance[0][place]
-                miss, _ = against_gradient([[got]], [[right[place]]], [[allowed]])
+        for place, chosen in enumerate(self.chosen):
+            if chosen and got[place].numel():
+                allowed = NATIVE_SAFETY * tolerance[place]
+                miss, _ = against_gradient([[got[place]]], [[right[place]]], [[allowed]])
                 found[place] = replace(miss, argument=place)
         return found
+
+    def is_as_written_beside(self, attempt: int) -> bool:
+        """Whether gradient and the forward's own derivative are the same at a point near this one."""
+        beside = self.beside(attempt)
+        right = plain_autodiff(beside.stage, self.setting.cotangents)[0]
+        wider = [_WIDER * part for part in self.tolerance[0]]
+        return all(miss.ratio <= 1 for miss in self._misses_of(beside.gradient, right, wider).values())
 
     def by_forward(self) -> Said:
         """The joint direction against forward mode, which may leave custom rules out of account."""

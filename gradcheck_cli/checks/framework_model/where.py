@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.checks.candidate import Advance
-from gradcheck_cli.checks.framework_model.blame import Blame, blame
+from gradcheck_cli.checks.framework_model.blame import Blame, blame, culprits
 from gradcheck_cli.checks.framework_model.examine import Examined, examine
 from gradcheck_cli.checks.framework_model.parameters import ParameterCheck
 from gradcheck_cli.checks.framework_model.probe import Probe
-from gradcheck_cli.checks.framework_model.settings import call_setting
+from gradcheck_cli.checks.framework_model.settings import call_setting, rules_of
 from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.model.rows import Labels
 from gradcheck_cli.errors import SoftcheckError
@@ -33,6 +34,8 @@ class Looked:
     examined: list[Examined] = field(default_factory=list)
     children: list["Looked"] = field(default_factory=list)
     error: str = ""
+    cleared: bool = False
+    """The whole gradient is right without a rule that this layer does not meet."""
 
     @property
     def wrong(self) -> Examined | None:
@@ -43,7 +46,7 @@ class Looked:
     def mark(self) -> ModuleMark:
         """For the tree."""
         if not self.examined:
-            return "unknown"
+            return "pass" if self.cleared else "unknown"
         return "fail" if self.wrong else "pass"
 
 
@@ -63,11 +66,17 @@ class LayerSearch:
         self._root = Looked(layer=case.layers or Layer(name="", kind=case.kind))
         self._fault: Looked | None = None
         self._blames: dict[int, Blame] = {}
+        self._rules: frozenset[CustomRule] = frozenset()
+        """The one rule without which the whole gradient is right: layers that do not meet it are right, too."""
         self._done = 0
 
     def results(self) -> Iterator[CheckResult]:
         """One row for every layer that is wrong by itself; one for the model where no layer is."""
         self._record()
+        whole = self._parameters.examined
+        assert whole is not None
+        if whole.right is not None and len(rules := culprits(whole.probe, whole.right)) == 1:
+            self._rules = frozenset(rules)
         if self._calls:
             self._open(self._root)
         faults = self._innermost(self._root)
@@ -108,6 +117,9 @@ class LayerSearch:
             try:
                 setting = call_setting(call)
                 if setting is None:
+                    continue
+                if self._rules and not self._rules & set(rules_of(setting)):
+                    looked.cleared = True
                     continue
                 resolution = self._parameters.probe.plan.resolution
                 probe = Probe(setting, seed=self._case.seed, resolution=resolution)

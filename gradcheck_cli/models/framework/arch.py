@@ -100,3 +100,14 @@ def accepts(call: object, *names: str) -> str | None:
     except (TypeError, ValueError):
         return None
     return next((name for name in names if name in parameters), None)
+
+
+def wide_arguments(architecture: Architecture, kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The arguments with dtype="float64" beside them, where the maker has such an argument with a default."""
+    maker = architecture.value
+    try:
+        known = inspect.signature(maker).parameters.get("dtype") if callable(maker) else None
+    except (TypeError, ValueError):
+        known = None
+    named = known is not None and known.default is not inspect.Parameter.empty
+    return {**kwargs, "dtype": "float64"} if named else dict(kwargs)

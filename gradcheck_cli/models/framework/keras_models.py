@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.models.framework.arch import Architecture, accepts, made
+from gradcheck_cli.models.framework.arch import Architecture, accepts, made, wide_arguments
 from gradcheck_cli.models.framework.inputs import GIVE, InputSpec
 from gradcheck_cli.models.framework.keras_start import keras_module
 from gradcheck_cli.models.framework.tf_model import TensorFlowModel, called, said, silent
@@ -37,10 +37,15 @@ _RESAVE = 'HDF5 files cannot hold every model of Keras 3: save it with model.sav
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KerasModel:
-    """A model of Keras with its weights; `custom` are the user's classes and functions that it may be made of."""
+    """A model of Keras with its weights.
+
+    `custom` are the user's classes and functions that it may be made of; `again` makes another one in float64 by the
+    user's function, weights apart, where there is one.
+    """
 
     model: Any
     custom: Mapping[str, object]
+    again: Callable[[], Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -69,6 +74,20 @@ def load_keras(
             f"{file.path}: holds weights without the model",
             hint="name a function that makes the model: --arch FILE.py:builder",
         )
+    model = _from_code(keras, architecture, kwargs, file, given)
+    _load_weights(model, file, architecture.label)
+
+    def again() -> Any:
+        wide = [tf.cast(one, tf.float64) if one.dtype.is_floating else one for one in given]
+        return _from_code(keras, architecture, wide_arguments(architecture, kwargs), file, wide)
+
+    return KerasModel(model=model, custom=custom, again=None if architecture.value is model else again)
+
+
+def _from_code(
+    keras: Any, architecture: Architecture, kwargs: Mapping[str, object], file: KerasFile, given: Sequence[Any]
+) -> Any:
+    """The model that the user's code makes, with weights of its own."""
     model = made(architecture, kwargs)
     if not isinstance(model, keras.Model):
         raise SoftcheckError(
@@ -76,8 +95,7 @@ def load_keras(
             hint="name a class or function that returns a keras.Model",
         )
     _build(model, architecture.label, file, given)
-    _load_weights(model, file, architecture.label)
-    return KerasModel(model=model, custom=custom)
+    return model
 
 
 def _is_class(keras: Any, architecture: Architecture) -> bool:
@@ -241,7 +259,7 @@ def _specs(keras: Any, model: Any) -> tuple[InputSpec, ...]:
             InputSpec(
                 name=str(one.name),
                 sizes=tuple(one.shape),
-                dtype=_whole_dtype(str(one.dtype)) or (torch.int64 if below else None),
+                dtype=_whole_dtype(str(one.dtype), str(one.name)) or (torch.int64 if below else None),
                 below=below,
             )
             for one, below in zip(inputs, tables, strict=True)
@@ -255,8 +273,12 @@ def _specs(keras: Any, model: Any) -> tuple[InputSpec, ...]:
     return ()
 
 
-def _whole_dtype(name: str) -> torch.dtype | None:
+def _whole_dtype(name: str, label: str) -> torch.dtype | None:
     """The dtype of an input of whole numbers; None for a floating one, which follows the model."""
+    if name == "string":
+        raise SoftcheckError(
+            f"the input {label} takes text, which has no numbers", hint="save the model behind its text layers"
+        )
     return getattr(torch, name, None) if re.match(r"u?int|bool", name) else None
 
 

@@ -56,3 +56,18 @@ def _quietly() -> Iterator[None]:
         finally:
             for name in own:
                 os.environ.pop(name, None)
+
+
+@contextmanager
+def wide_policy() -> Iterator[None]:
+    """Inside, new layers of Keras are in float64 unless they say otherwise; nothing happens where it is not loaded."""
+    if "keras" not in sys.modules:
+        yield
+        return
+    keras = keras_module()
+    with ExitStack() as stack:
+        stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
+        stack.callback(keras.config.set_floatx, keras.config.floatx())
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        yield

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gradcheck_cli.backends.tensorflow_import import tf
+from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.framework.keras_models import FAILURES, KerasModel
-from gradcheck_cli.models.framework.keras_start import keras_module
+from gradcheck_cli.models.framework.keras_start import keras_module, wide_policy
 from gradcheck_cli.models.framework.tf_model import said, silent
 from gradcheck_cli.models.framework.tf_parts import parts_of, raw
 
@@ -24,24 +25,42 @@ class NoTwin(Exception):
 def widened(loaded: KerasModel) -> KerasModel:
     """The same model in float64: every dtype in its configuration replaced, the weights copied exactly.
 
-    Raises NoTwin where Keras cannot rebuild it, or where something in it stays narrow.
+    Where Keras cannot rebuild it and a function of the user made it, that makes it again. Raises NoTwin where neither
+    works, or where something in it stays narrow.
     """
     keras = keras_module()
-    model = loaded.model
-    custom = {**loaded.custom, **_own_classes(keras, model)}
+    custom = {**loaded.custom, **_own_classes(keras, loaded.model)}
     try:
-        with silent(), keras.saving.CustomObjectScope(custom):
-            config = keras.saving.serialize_keras_object(model)
-            config["compile_config"] = None
-            # Not safe mode: what is rebuilt is the model that has been loaded already.
-            twin = keras.saving.deserialize_keras_object(wide_config(config), custom_objects=custom, safe_mode=False)
-            _copy_variables(model, twin)
+        twin = _rebuilt(keras, loaded.model, custom)
     except FAILURES as error:
-        raise NoTwin(f"Keras cannot rebuild it in float64 ({said(error)})") from error
+        twin = _made_again(loaded, error)
     narrow = next((one for one in twin.trainable_variables if str(one.dtype) in _NARROW), None)
     if narrow is not None:
         raise NoTwin(f"{narrow.path} stays {narrow.dtype} whatever its dtype is set to")
     return KerasModel(model=twin, custom=custom)
+
+
+def _rebuilt(keras: Any, model: Any, custom: dict[str, object]) -> Any:
+    with silent(), keras.saving.CustomObjectScope(custom):
+        config = keras.saving.serialize_keras_object(model)
+        config["compile_config"] = None
+        # Not safe mode: what is rebuilt is the model that has been loaded already.
+        twin = keras.saving.deserialize_keras_object(wide_config(config), custom_objects=custom, safe_mode=False)
+        _copy_variables(model, twin)
+        return twin
+
+
+def _made_again(loaded: KerasModel, error: Exception) -> Any:
+    reason = f"Keras cannot rebuild it in float64 ({said(error)})"
+    if loaded.again is None:
+        raise NoTwin(reason) from error
+    try:
+        with silent(), wide_policy():
+            twin = loaded.again()
+            _copy_variables(loaded.model, twin)
+            return twin
+    except (*FAILURES, SoftcheckError) as problem:
+        raise NoTwin(f"{reason}, nor its code make it again ({said(problem)})") from problem
 
 
 def wide_config(node: object, key: str = "") -> Any:

@@ -16,6 +16,7 @@ from gradcheck_cli.sources.targets import load_target
 FORMS = "forms: loss(output) or loss(output, targets), which gives one number"
 _PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _CHANNELS_LAST = 4
+_NAMED = "name the loss that it was trained with: --loss keras.losses:BinaryCrossentropy or file.py:loss"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,11 @@ def cross_entropy(logits: Tensor, *, targets_file: str | None, seed: int) -> Cro
     if targets_file is None and len(shape) >= _CHANNELS_LAST:
         flat = cross_entropy(logits.reshape(-1, shape[-1]), targets_file=None, seed=seed)
         return CrossEntropy(targets=flat.targets.reshape(shape[:-1]), axis=len(shape) - 1, notes=flat.notes)
-    chosen = model_loss(logits, loss=CROSS_ENTROPY, targets_file=targets_file, seed=seed)
+    try:
+        chosen = model_loss(logits, loss=CROSS_ENTROPY, targets_file=targets_file, seed=seed)
+    except SoftcheckError as problem:
+        of_torch = "torch" in (problem.hint or "")
+        raise SoftcheckError(problem.message, hint=_NAMED if of_torch else problem.hint) from problem
     assert chosen.loss.targets is not None
     return CrossEntropy(targets=chosen.loss.targets, axis=chosen.loss.axis, notes=chosen.notes)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradcheck_cli.backends.tensorflow_arrays import from_native, to_native
 from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.models.framework.arch import Architecture, load_architecture
+from gradcheck_cli.models.framework.arch import Architecture, load_architecture, wide_arguments
 from gradcheck_cli.models.framework.inputs import Asked, Inputs, alike, model_inputs
 from gradcheck_cli.models.framework.keras_models import (
     KerasModel,
@@ -26,7 +27,7 @@ from gradcheck_cli.models.framework.saved_model import load_saved_model
 from gradcheck_cli.models.framework.shapes import shapes_of_weights
 from gradcheck_cli.models.framework.tf_checkpoint import make_object, object_model, restore, widened_object
 from gradcheck_cli.models.framework.tf_losses import ChosenLoss, choose_loss
-from gradcheck_cli.models.framework.tf_model import Programs, TensorFlowModel
+from gradcheck_cli.models.framework.tf_model import Programs, TensorFlowModel, silent
 from gradcheck_cli.models.framework.tf_parts import is_keras, parts_of, raw
 from gradcheck_cli.models.framework.tf_record import record_calls
 from gradcheck_cli.models.framework_case import FrameworkCase, LayerCall, Precision
@@ -101,7 +102,8 @@ def _loaded(file: FrameworkFile, options: ModelOptions, asked: Asked) -> _Loaded
     model = make_object(architecture, kwargs)
     notes = restore(model, bundle, label=architecture.label)
     if is_keras(model):
-        found = KerasModel(model=model, custom=dict(architecture.definitions()))
+        again = None if architecture.value is model else partial(_made_wide, architecture, kwargs)
+        found = KerasModel(model=model, custom=dict(architecture.definitions()), again=again)
         return _of_keras(found, file.format.value, options, notes)
     return _Loaded(
         native=object_model(model, train=options.train),
@@ -109,6 +111,10 @@ def _loaded(file: FrameworkFile, options: ModelOptions, asked: Asked) -> _Loaded
         format=file.format.value,
         notes=notes,
     )
+
+
+def _made_wide(architecture: Architecture, kwargs: Mapping[str, object]) -> Any:
+    return make_object(architecture, wide_arguments(architecture, kwargs))
 
 
 def _keras(file: FrameworkFile, options: ModelOptions, kwargs: Mapping[str, object], asked: Asked) -> _Loaded:
@@ -247,7 +253,8 @@ def _state(model: TensorFlowModel, inputs: Inputs, options: ModelOptions) -> lis
     before = [(one, one.read_value()) for one in model.changeable()]
     changed = []
     try:
-        model.call([to_native(array) for array in inputs.arrays])
+        with silent():
+            model.call([to_native(array) for array in inputs.arrays])
         changed = [one for one, own in before if not bool(tf.reduce_all(tf.equal(one, own)))]
     finally:
         for variable, own in before:

@@ -1,10 +1,7 @@
 """A model of the user's code with the numbers of a TensorFlow checkpoint."""
 
 import copy
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +9,9 @@ import numpy as np
 
 from gradcheck_cli.backends.tensorflow_import import tf
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.models.framework.arch import Architecture, accepts, called, made
+from gradcheck_cli.models.framework.arch import Architecture, accepts, made, wide_arguments
 from gradcheck_cli.models.framework.keras_models import FAILURES
-from gradcheck_cli.models.framework.keras_start import keras_module
+from gradcheck_cli.models.framework.keras_start import wide_policy
 from gradcheck_cli.models.framework.keras_twin import NoTwin
 from gradcheck_cli.models.framework.tf_model import TensorFlowModel, said, silent
 from gradcheck_cli.models.framework.tf_parts import is_keras, is_variable, named_variables, raw
@@ -154,7 +151,7 @@ def widened_object(model: Any, architecture: Architecture, kwargs: Mapping[str, 
     computes from constants of its own dtype raises or is found by comparing outputs.
     """
     try:
-        with silent(), _wide_policy():
+        with silent(), wide_policy():
             twin = _again(architecture, kwargs, model)
             _replace_variables(twin, {}, set(), 0)
             own, others = named_variables(model), named_variables(twin)
@@ -171,37 +168,12 @@ def widened_object(model: Any, architecture: Architecture, kwargs: Mapping[str, 
 
 
 def _again(architecture: Architecture, kwargs: Mapping[str, object], model: Any) -> Any:
-    """Another object of the same kind; with dtype="float64" where the maker has such an argument."""
-    maker = architecture.value
-    if maker is model:
-        return copy.deepcopy(model)
-    assert callable(maker)
-    wide = {**kwargs, "dtype": "float64"} if _takes_dtype(maker) else dict(kwargs)
-    return called(maker, wide, label=architecture.label)
-
-
-def _takes_dtype(maker: Callable[..., object]) -> bool:
-    try:
-        known = inspect.signature(maker).parameters.get("dtype")
-    except (TypeError, ValueError):
-        return False
-    return known is not None and isinstance(known.default, str | tf.DType)
-
-
-@contextmanager
-def _wide_policy() -> Iterator[None]:
-    """Inside, new layers of Keras are in float64 unless they say otherwise."""
-    if "keras" not in sys.modules:
-        yield
-        return
-    keras = keras_module()
-    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
-    with ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, policy)
-        stack.callback(keras.config.set_floatx, floatx)
-        keras.config.set_floatx("float64")
-        keras.config.set_dtype_policy("float64")
-        yield
+    """Another object of the same kind, in float64 where the maker has an argument for that."""
+    return (
+        copy.deepcopy(model)
+        if architecture.value is model
+        else made(architecture, wide_arguments(architecture, kwargs))
+    )
 
 
 def _replace_variables(owner: Any, wide: dict[int, Any], seen: set[int], depth: int) -> None:

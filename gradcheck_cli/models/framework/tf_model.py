@@ -169,6 +169,8 @@ def said(problem: BaseException) -> str:
     lines = [line.strip() for line in (behind if inner else text).splitlines()]
     telling = [line for line in lines if line and not line.startswith(_FRAMES)]
     first = next(iter(telling), type(problem).__name__)
+    if first.endswith(":") and len(telling) > 1:
+        first = f"{first} {telling[1]}"
     first = re.sub(r"\{\{function_node[^}]*\}\}", "", first)
     first = "".join(part if part.isprintable() else " " for part in first).strip()
     return first if len(first) <= _LONGEST else f"{first[: _LONGEST - 1]}…"
