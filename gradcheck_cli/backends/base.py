@@ -168,6 +168,10 @@ class Backend(ABC):
         """
         raise UnsupportedDerivative(f"{self.name} cannot play rounding")
 
+    def draws(self, function: Function, points: Sequence[Tensor]) -> bool:  # noqa: ARG002
+        """Whether a call draws random numbers, also from keys or seeds of its own: in float64 they may be others."""
+        return False
+
     def seeded(self, seed: int) -> AbstractContextManager[object] | None:  # noqa: ARG002
         """A context in which the framework's global random numbers start from this seed; None where it has none."""
         return None

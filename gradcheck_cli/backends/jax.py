@@ -24,7 +24,7 @@ from gradcheck_cli.backends.jax_loops import KeptLoops, disables_jit
 from gradcheck_cli.backends.jax_rounding import Played, SeededDraws
 from gradcheck_cli.backends.jax_rules import RulesAside, rules_in
 from gradcheck_cli.backends.jax_start import devices, jax
-from gradcheck_cli.backends.jax_stops import StopsAside, stops_in
+from gradcheck_cli.backends.jax_stops import StopsAside, draws_in, stops_in
 
 _SLOW, _SLOW_CALLS = 0.01, 3
 """Seconds of a call, and after how many such calls loops are compiled once for all; the first call is always slow."""
@@ -147,6 +147,11 @@ class JaxBackend(Backend):
     def rules_set_aside(self, *, only: CustomRule | None = None) -> AbstractContextManager[None]:
         """Inside, derivatives go through the forward of the user's custom rules (or of one of them) as written."""
         return self._run_by(RulesAside(only))
+
+    def draws(self, function: Function, points: Sequence[Tensor]) -> bool:
+        """Whether the function's graph draws from a key. Raises UnsupportedDerivative where JAX cannot trace it."""
+        with self.running(points):
+            return draws_in(traced(function, *(self.native(point) for point in points)))
 
     def stops(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:
         """The user's own calls of `lax.stop_gradient` in the function's graph.

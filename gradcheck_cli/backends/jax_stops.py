@@ -1,4 +1,4 @@
-"""Places where the code under test stops a gradient with `lax.stop_gradient`: found, and passed over."""
+"""Where the code under test stops a gradient with `lax.stop_gradient`, and whether it draws random numbers."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ from gradcheck_cli.backends.jax_rules import is_library
 from gradcheck_cli.backends.jax_start import jex
 
 _STOP = "stop_gradient"
+_DRAWS = frozenset({"random_bits", "threefry2x32", "random_gamma", "rng_uniform", "rng_bit_generator"})
 
 
 def stops_in(graph: Jaxpr) -> Iterator[CustomRule]:
@@ -18,6 +19,14 @@ def stops_in(graph: Jaxpr) -> Iterator[CustomRule]:
             yield CustomRule(_STOP, place)
         for inner in graphs_in(equation):
             yield from stops_in(inner)
+
+
+def draws_in(graph: Jaxpr) -> bool:
+    """Whether the graph draws random numbers, also inside loops and calls."""
+    return any(
+        equation.primitive.name in _DRAWS or any(draws_in(inner) for inner in graphs_in(equation))
+        for equation in opened(graph)[0].eqns
+    )
 
 
 def _place(equation: jex.JaxprEqn) -> str:

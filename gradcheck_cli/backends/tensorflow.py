@@ -31,7 +31,7 @@ from gradcheck_cli.backends.tensorflow_import import quiet, tf
 from gradcheck_cli.backends.tensorflow_random import seeded
 from gradcheck_cli.backends.tensorflow_rounding import rounding_played
 from gradcheck_cli.backends.tensorflow_rules import functions_run_eagerly, met_rules, rules_set_aside
-from gradcheck_cli.backends.tensorflow_stops import stops_met, stops_set_aside
+from gradcheck_cli.backends.tensorflow_stops import draws_met, stops_met, stops_set_aside
 from gradcheck_cli.errors import SoftcheckError
 
 _NO_GRADIENT = re.compile(r"(?:No gradient defined for op.*\(op type: |gradient registry has no entry for: )(\w+)")
@@ -145,6 +145,11 @@ class TensorFlowBackend(Backend):
     def rules_set_aside(self, *, only: CustomRule | None = None) -> AbstractContextManager[object]:
         """Functions under tf.custom_gradient run as if they were not; tf.functions run eagerly meanwhile."""
         return rules_set_aside(only=only)
+
+    def draws(self, function: Function, points: Sequence[Tensor]) -> bool:
+        """Whether the function's graph draws random numbers."""
+        with self._holding(points):
+            return draws_met(function, self._arrays(points))
 
     def stops(self, function: Function, points: Sequence[Tensor]) -> tuple[CustomRule, ...]:
         """The calls of tf.stop_gradient in the function's graph that are neither TensorFlow's nor Keras' own."""

@@ -1,4 +1,4 @@
-"""Places where the code under test stops a gradient with `tf.stop_gradient`: found, and passed over."""
+"""Where the code under test stops a gradient with `tf.stop_gradient`, and whether it draws random numbers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from gradcheck_cli.backends.base import CustomRule
 from gradcheck_cli.backends.tensorflow_import import inner, tf
 
 _STOP = "StopGradient"
+_DRAWS = ("Random", "StatelessRandom", "Stateful", "TruncatedNormal", "StatelessTruncated", "Multinomial")
 _WRAPPERS = ("ops/array_ops.py", "ops/gen_array_ops.py", "ops/weak_tensor_ops.py")
 _LIBRARIES = ("tensorflow", "keras", "gradcheck_cli")
 
@@ -18,17 +19,21 @@ def stops_met(function: Callable[..., Any], arrays: list[Any]) -> tuple[CustomRu
     graph = tf.function(function).get_concrete_function(*arrays).graph
     found: dict[CustomRule, None] = {}
     for operation in _operations(graph):
-        place = _place(operation)
+        place = _place(operation) if operation.type == _STOP else ""
         if place:
             found[CustomRule("stop_gradient", place)] = None
     return tuple(found)
 
 
+def draws_met(function: Callable[..., Any], arrays: list[Any]) -> bool:
+    """Whether the graph of the function draws random numbers, from the global generator or from a seed of its own."""
+    graph = tf.function(function).get_concrete_function(*arrays).graph
+    return any(operation.type.startswith(_DRAWS) for operation in _operations(graph))
+
+
 def _operations(graph: Any) -> Iterator[Any]:
-    """The stops of a graph and of the functions that it calls."""
-    for operation in graph.get_operations():
-        if operation.type == _STOP:
-            yield operation
+    """The operations of a graph and of the functions that it calls."""
+    yield from graph.get_operations()
     for name in graph._functions:
         called = getattr(graph._functions[name], "graph", None)
         if called is not None and called is not graph:

@@ -122,6 +122,13 @@ def test_wrong_rules_are_caught_and_named(name: str, dtype: torch.dtype):
     assert named == {"a.kernel", "a.bias"}
 
 
+def test_a_rule_that_is_wrong_at_exact_zeros_only_is_caught():
+    wrong = mlp(square(lambda x, g: torch.where(x == 0, g, 2 * x * g)))
+    fault = the_fault(toy_case(weights(bias=0.0), wrong, targets=Y))
+    assert fault.diagnosis is not None
+    assert "Rule at " in fault.diagnosis.message
+
+
 def test_without_setting_rules_aside_differences_and_forward_mode_convict():
     wrong = mlp(square(FAULTS["factor 1.001"]))
     for backend in (Toy(rules=False), Toy(rules=False, rounding=False, forward=False)):

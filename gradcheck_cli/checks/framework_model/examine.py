@@ -82,7 +82,13 @@ def _look_elsewhere(found: Examined) -> None:
 
 
 def _reconsider(found: Examined) -> None:
-    """Looks beside the point: where the gradient is right there, only the choice of a slope at kinks differs."""
+    """Looks beside the point: where the gradient is right there, only the choice of a slope at kinks differs.
+
+    Not where both witnesses agree on another gradient and no kink is in sight: a rule may be wrong at exact zeros only.
+    """
+    exact_fails = found.exact is not None and found.exact.verdict is Verdict.FAIL
+    if exact_fails and found.difference.verdict is Verdict.FAIL and not found.probe.slopes[0].kink:
+        return
     right = next((look for look in (_looked_beside(found, n) for n in range(BESIDE)) if look is not None), None)
     if right is None:
         _unconfirmed(found)

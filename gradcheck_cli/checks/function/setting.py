@@ -234,9 +234,31 @@ def _twin(
     reason = ""
     for twin in tries if program.is_torch else [plain]:
         found, reason = _in_float64(twin, native_value)
+        if found is not None and not program.is_torch and _draws_others(native, native_value, found):
+            return None, [], "it draws random numbers, which are others in float64"
         if found is not None:
             return twin, found, ""
     return None, [], reason
+
+
+_SAME_DRAWS = 64.0
+"""Units in the last place, of the largest number, by which a value with the same random numbers may be off."""
+
+
+def _draws_others(native: Stage, native_value: Sequence[Tensor], twin_value: Sequence[Tensor]) -> bool:
+    """Whether a random function of another framework gives another value in float64, as with another mask."""
+    engine = native.program.engine
+    try:
+        if not (native.program.draws or engine.draws(foreign.native_function(native), native.point)):
+            return False
+    except (SoftcheckError, NotImplementedError, RuntimeError):  # a function that cannot be traced
+        return False
+    for value, wide in zip(native_value, twin_value, strict=True):
+        largest = float(as_real(wide).abs().nan_to_num(posinf=0.0).max()) if wide.numel() else 0.0
+        allowed = _SAME_DRAWS * torch.finfo(native.dtype).eps * largest
+        if bool(((as_real(value).double() - as_real(wide)).abs() > allowed).any()):
+            return True
+    return False
 
 
 def _in_float64(twin: Stage, native_value: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:

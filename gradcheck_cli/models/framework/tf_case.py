@@ -18,7 +18,6 @@ from gradcheck_cli.models.framework.keras_models import (
     KerasModel,
     drawing_dtype,
     in_tensorflow,
-    kept_arrays,
     load_keras,
 )
 from gradcheck_cli.models.framework.keras_start import keras_module
@@ -121,7 +120,7 @@ def _keras(file: FrameworkFile, options: ModelOptions, kwargs: Mapping[str, obje
     found = read_keras(file, trust=options.trust)
     keras_module()  # before the user's code imports it with all its chatter
     architecture: Architecture | None = load_architecture(options.arch) if options.arch is not None else None
-    given = [] if asked.is_empty else kept_arrays(asked.arrays((), torch.float32)[0])
+    given = [] if asked.is_empty else [to_native(one) for one in asked.arrays((), torch.float32)[0]]
     loaded = load_keras(found, architecture=architecture, kwargs=kwargs, trust=options.trust, given=given)
     return _of_keras(loaded, found.kind, options, loaded.notes)
 
