@@ -34,12 +34,10 @@ _VAGUE = ("unrecognised", "custom-function")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blame:
-    """Why a gradient is wrong, the worst entry where it is known, the rules to blame and the arguments concerned."""
+    """Why a gradient is wrong, and the worst entry where it is known."""
 
     diagnosis: Diagnosis
     worst: Mismatch | None = None
-    rules: tuple[CustomRule, ...] = ()
-    arguments: tuple[str, ...] = ()
 
 
 def blame(examined: Examined, *, among: str = "its code", sees_rules: bool = True) -> Blame:
@@ -71,7 +69,7 @@ def blame(examined: Examined, *, among: str = "its code", sees_rules: bool = Tru
         detail |= {"function": rules[0].name, **({"place": rules[0].place} if rules[0].place else {})}
     code = "unrecognised" if mistake is None else mistake.code
     diagnosis = Diagnosis(code=code, message=text, detail=detail)
-    return Blame(diagnosis=diagnosis, worst=entry, rules=tuple(rules), arguments=tuple(names))
+    return Blame(diagnosis=diagnosis, worst=entry)
 
 
 def _scale(factor: float) -> Diagnosis:

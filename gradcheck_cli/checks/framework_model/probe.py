@@ -30,7 +30,7 @@ from gradcheck_cli.checks.function.wording import first_line
 from gradcheck_cli.checks.model.probe import Direction, make_direction, nearby
 from gradcheck_cli.checks.model.replica import Leaf
 from gradcheck_cli.errors import SoftcheckError
-from gradcheck_cli.results import CheckResult, Mismatch, Verdict
+from gradcheck_cli.results import CheckResult, Verdict
 
 FORWARD_SAFETY = 4.0
 """Forward and reverse mode each round in their own way: a multiple of what rounding allows one of them."""
@@ -52,10 +52,8 @@ class Said:
     error: float | None = None
     bound: float | None = None
     detectable: float | None = None
-    worst: Mismatch | None = None
     reason: str | None = None
     seconds: float = 0.0
-    ratio: float = 0.0
 
 
 class Probe(DerivativeChecks):
@@ -157,7 +155,6 @@ class Probe(DerivativeChecks):
             detectable=detectable,
             reason=reason,
             seconds=time.perf_counter() - started,
-            ratio=miss.ratio,
         )
 
     def by_exact(self) -> CheckResult | None:
@@ -223,7 +220,6 @@ class Probe(DerivativeChecks):
             detectable=bound / self.typical,
             reason=reason,
             seconds=time.perf_counter() - started,
-            ratio=error / bound if bound > 0 else math.inf,
         )
 
     def _only_forward(self, moved: Tensor, found: Slopes) -> tuple[Verdict, str | None]:
