@@ -112,6 +112,14 @@ def result_factor(equation: jex.JaxprEqn) -> float:
     return float(max(abs(equation.params["y"]).bit_length() - 1, 1)) if name == "integer_pow" else 1.0
 
 
+def inner_size(name: str, arguments: Sequence[Any]) -> Any:
+    """Size of the numbers that cancel inside an operator, entry by entry; None where nothing does.
+
+    XLA computes lgamma and digamma by Lanczos' series around x + 7.5, also near their zeros.
+    """
+    return jnp.abs(arguments[0]) + 7.5 if name in ("lgamma", "digamma") else None
+
+
 def inner_unit(equation: jex.JaxprEqn, unit: float) -> float:
     """The unit in which an operator adds up: float32 for narrower dtypes, their own for scatters and running sums.
 

@@ -15,7 +15,7 @@ from gradcheck_cli.backends.jax_graphs import (
     graphs_in,
     opened,
 )
-from gradcheck_cli.backends.jax_kernels import cast_unit, inner_unit, result_factor, rounding, sum_length
+from gradcheck_cli.backends.jax_kernels import cast_unit, inner_size, inner_unit, result_factor, rounding, sum_length
 from gradcheck_cli.backends.jax_loops import compiled_once
 from gradcheck_cli.backends.jax_start import jax, jex, jnp, lax
 from gradcheck_cli.program.kernels import Rounding, growth
@@ -111,7 +111,11 @@ class Played(Interpreter):
         by_norm = kind is Rounding.DECOMPOSITION
         moved = [self._moved(value, inner * operands, by_norm=by_norm) for value in arguments]
         own = np.hypot(self._unit, inner * results) * result_factor(equation)
-        return self._rounded(bind(equation, moved), float(own))
+        found = self._rounded(bind(equation, moved), float(own))
+        size = inner_size(equation.primitive.name, arguments)
+        if size is None:
+            return found
+        return [value + size * self._scaled(jnp.ones_like(value), self._unit) - size for value in found]
 
     def _moved(self, value: Any, unit: float, *, by_norm: bool) -> Any:
         if not _is_floating(value):

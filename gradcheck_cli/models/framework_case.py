@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from gradcheck_cli.backends.base import Backend
@@ -62,7 +63,9 @@ class FrameworkCase:
     in float64 from the same numbers; where there is none `no_twin` says why. For cross-entropy `targets` are class
     indices (the shape of the logits without `axis`), for a loss of the user None. `layers` is the tree of parts and
     `record(twin)` the calls of one real run, in the order of execution, for finding the layer that is wrong; None
-    where the framework does not tell. `notes` are sentences for the report, `facts` (label, value) pairs.
+    where the framework does not tell. `compute` is the narrowest dtype that parts of the model compute in by their own
+    policy (mixed precision), None where that is the weights'. `notes` are sentences for the report, `facts` (label,
+    value) pairs.
     """
 
     name: str
@@ -75,6 +78,7 @@ class FrameworkCase:
     loss_label: str = "cross-entropy"
     targets: Tensor | None = None
     axis: int = -1
+    compute: torch.dtype | None = None
     layers: Layer | None = None
     record: Callable[[], Sequence[LayerCall]] | None = None
     train: bool = False

@@ -16,6 +16,7 @@ from tests.framework_models.samples import (
     MODULES,
     Exported,
     code,
+    keras,
     mixed_up,
     nested,
     parameters,
@@ -48,6 +49,17 @@ def test_a_right_keras_model_passes(
     assert found["environment"]["tensorflow"] == tf.__version__
     assert found["environment"]["twin"] == "float64"
     assert ["format", "Keras 3 (.keras)"] in [list(pair) for pair in dict(found["facts"]).items()]
+
+
+def test_mixed_precision_is_judged_by_what_it_computes_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = keras.DTypePolicy("mixed_float16")
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, activation="tanh", dtype=half), keras.layers.Dense(3)]
+    )
+    model.save(tmp_path / "mixed.keras")
+    assert main(["model", str(tmp_path / "mixed.keras"), "-f", "json", "-q"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [row["verdict"] for row in rows if row["dtype"] == "float16"] == ["pass"]
 
 
 def test_a_wrong_custom_gradient_in_a_keras_layer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,10 +57,11 @@ def stage_of(program: Program) -> Stage:
 
 
 def native_dtype(case: FrameworkCase) -> torch.dtype:
-    """The narrowest dtype of the weights and of the model's output: in mixed precision that it computes in."""
+    """The narrowest dtype of the weights, of the model's output and of what parts of it compute in."""
     program = case.native.output
     values = [value for _, value in program.call([argument.value for argument in program.arguments])]
-    return narrowest_of([*case.native.weights, *values])
+    own = [] if case.compute is None else [torch.zeros((), dtype=case.compute)]
+    return narrowest_of([*case.native.weights, *values, *own])
 
 
 def narrowest_of(values: Sequence[Tensor]) -> torch.dtype:

@@ -189,6 +189,7 @@ def _case(loaded: _Loaded, inputs: Inputs, chosen: ChosenLoss, options: ModelOpt
         loss_label=chosen.label,
         targets=chosen.targets,
         axis=chosen.axis,
+        compute=_compute_dtype(native) if loaded.has_parts else None,
         layers=tree.layer() if tree is not None and has_layers else None,
         record=record if has_layers else None,
         train=options.train,
@@ -196,6 +197,14 @@ def _case(loaded: _Loaded, inputs: Inputs, chosen: ChosenLoss, options: ModelOpt
         notes=(*loaded.notes, *inputs.notes, *chosen.notes, *_state_notes(native, options)),
         facts=(("format", loaded.format),),
     )
+
+
+def _compute_dtype(model: TensorFlowModel) -> torch.dtype | None:
+    """The narrowest dtype that Keras' layers compute in by their dtype policies."""
+    layers = [part.value for part in parts_of(model.root).all()]
+    named = [getattr(torch, str(getattr(layer, "compute_dtype", None)), None) for layer in layers]
+    floating = [dtype for dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def _precision(programs: Programs, chosen: ChosenLoss) -> Precision:
