@@ -56,10 +56,9 @@ def test_mixed_precision_is_judged_by_what_it_computes_in(tmp_path: Path, capsys
     model = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(16, activation="tanh", dtype=half), keras.layers.Dense(3)]
     )
-    model.save(tmp_path / "mixed.keras")
-    assert main(["model", str(tmp_path / "mixed.keras"), "-f", "json", "-q"]) == 0
-    rows = json.loads(capsys.readouterr().out)["results"]
-    assert [row["verdict"] for row in rows if row["dtype"] == "float16"] == ["pass"]
+    status, found = report(capsys, saved(model, tmp_path / "mixed.keras"))
+    assert status == 0
+    assert [row["verdict"] for row in found["results"] if row["dtype"] == "float16"] == ["pass"]
 
 
 def test_a_wrong_custom_gradient_in_a_keras_layer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
