@@ -15,6 +15,7 @@ from tests.battery import DTYPES, VALUES, problem_of, run, scores
 from tests.benchmarks.planted import problem_for
 from tests.custom_gradients import FRAMEWORKS, with_gradient
 from tests.faults import CORRECT, FAULTS, Fault, scaled
+from tests.spread import spread
 
 SIZE = 24
 MODES = ("reverse", "forward")
@@ -36,9 +37,9 @@ def ran(results: list[CheckResult]) -> bool:
     return all(result.verdict is not Verdict.SKIPPED for result in results if result.method == "reverse mode")
 
 
-@pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("function", FUNCTION_NAMES)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("framework", "function", "values"), spread([*itertools.product(FRAMEWORKS, FUNCTION_NAMES, VALUES)], every=4)
+)
 def test_the_frameworks_own_functions_are_never_accused(framework: str, function: str, values: str) -> None:
     for dtype in DTYPES:
         problem = problem_of(scores(values, (SIZE,), dtype), function)
@@ -133,8 +134,11 @@ def verdict_in(framework: str, rule: object, problem: Problem, *, exhaustive: bo
     return next(result for result in results if result.method == "reverse mode" and result.check == "derivative")
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("framework", "fault"),
+    spread([*itertools.product(FRAMEWORKS, FAULTS)], every=3),
+    ids=lambda one: str(getattr(one, "name", one)),
+)
 def test_planted_faults_fail_under_their_name(framework: str, fault: Fault) -> None:
     for function in fault.functions:
         problem = problem_for(fault, function, scores("normal", (3, 10), torch.float64))

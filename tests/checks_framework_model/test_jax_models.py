@@ -17,6 +17,7 @@ from tests.checks_framework_model.cases import (
     failing,
     the_fault,
 )
+from tests.spread import spread
 
 BACKEND = load_backend("jax")
 import jax  # noqa: E402  # silenced by its backend first
@@ -88,7 +89,7 @@ def test_right_models_pass(name: str):
     assert {row.group for row in rows} == {"checkpoint", "head", "loss", "parameters"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", spread([torch.float32, torch.bfloat16, torch.float16], every=3))
 def test_narrow_weights_pass(dtype: torch.dtype):
     rows = assert_right(case(mlp(jnp.tanh), dtype=dtype))
     (row,) = [row for row in rows if row.reference == "float64 twin"]

@@ -6,6 +6,7 @@ import torch
 from gradcheck_cli.results import Verdict
 from tests.frameworks import right_jax, right_tensorflow, wrong_jax, wrong_tensorflow
 from tests.frameworks.case import Case, failing, told
+from tests.spread import spread
 
 RIGHT = [*right_jax.RIGHT, *right_tensorflow.RIGHT]
 WRONG = [*wrong_jax.WRONG, *wrong_tensorflow.WRONG]
@@ -17,11 +18,7 @@ def label(one: object) -> str:
     return f"{one.framework} {one.name}" if isinstance(one, Case) else str(one)
 
 
-def spread(cases: list[Case]) -> list[object]:
-    return [one if place % EVERY == 0 else pytest.param(one, marks=pytest.mark.slow) for place, one in enumerate(cases)]
-
-
-@pytest.mark.parametrize("one", WRONG, ids=label)
+@pytest.mark.parametrize("one", spread(WRONG, every=2), ids=label)
 def test_a_wrong_gradient_fails_under_its_name(one: Case) -> None:
     rows = one.check()
     found = failing(rows)
@@ -30,7 +27,7 @@ def test_a_wrong_gradient_fails_under_its_name(one: Case) -> None:
     assert codes & set(one.accepted), told(rows)
 
 
-@pytest.mark.parametrize("one", spread(RIGHT), ids=label)
+@pytest.mark.parametrize("one", spread(RIGHT, every=EVERY), ids=label)
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
