@@ -72,6 +72,10 @@ def importable(folder: Path) -> Iterator[None]:
             sys.path.append(entry)
 
 
+_EXTRAS = {"tensorflow": "tensorflow", "keras": "tensorflow", "jax": "jax"}
+"""Packages that an extra of ours brings along."""
+
+
 @contextlib.contextmanager
 def guarded(label: str, *, doing: str = "importing it", missing: str = "") -> Iterator[None]:
     """Runs user code: prints go to stderr, and whatever it raises while `doing` becomes a SoftcheckError.
@@ -104,6 +108,8 @@ def _failure(error: BaseException, *, label: str, doing: str) -> SoftcheckError:
         )
     relative = isinstance(error, ImportError) and "relative import" in str(error)
     hint = "it belongs to a package: name it as package.module:attribute" if relative else None
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRAS:
+        hint = f"pip install 'softcheck[{_EXTRAS[(error.name or '').partition('.')[0]]}]'"
     kind, said = type(error).__name__, first_line(error)
     summary = kind if said == kind else f"{kind}: {said}"
     return SoftcheckError(f"{label}: {doing} raised {summary}{at}", hint=hint)

@@ -378,3 +378,10 @@ def test_targets_import_neither_numpy_nor_torch(module, heavy):
     code = f"import sys, gradcheck_cli.sources.{module}; print('numpy' in sys.modules or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == str(heavy)
+
+
+def test_a_framework_that_is_missing_comes_with_its_extra(tmp_path):
+    (tmp_path / "code.py").write_text("raise ModuleNotFoundError(\"No module named 'jax.numpy'\", name='jax.numpy')\n")
+    with pytest.raises(SoftcheckError) as caught:
+        load_target(f"{tmp_path / 'code.py'}:f")
+    assert caught.value.hint == "pip install 'softcheck[jax]'"
