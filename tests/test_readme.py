@@ -105,7 +105,7 @@ def test_nothing_is_promised_that_does_not_exist():
         for name in (*option.opts, *option.secondary_opts)
     }
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
-    foreign = {"--no-exhaustive", "--help", "--version"}
+    foreign = {"--no-exhaustive", "--help", "--version", "--dist"}
     assert words - foreign <= options
     assert set(re.findall(r"`softcheck ([a-z]+)", README)) <= set(COMMANDS)
 

@@ -114,9 +114,10 @@ def test_a_framework_that_cannot_be_imported_is_a_row(without_jax):
 RAISES = "raise RuntimeError('no driver: [red]libcuda.so[/red]\\nsecond line')"
 
 
-def test_a_package_that_raises_is_a_row_and_its_text_is_data(publish, capsys):
+def test_a_package_that_raises_is_a_row_and_its_text_is_data(publish, capsys, monkeypatch):
     """Square brackets survive: what a third party says is never markup."""
     publish("frame", "0.3", "[conv1] = frame:Backend", RAISES)
+    monkeypatch.setenv("COLUMNS", "120")
     code = main(["backends", "numpy", "[conv1]", "--color", "never"])
     out = capsys.readouterr().out
     assert code == 2

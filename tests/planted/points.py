@@ -71,7 +71,9 @@ def _weights_nan(c: Call) -> Tensor:
 
 
 MASKS = [
-    fault("normaliser detached", "P7", "missing-dot-product", "softmax", function=_normaliser_detached),
+    fault(
+        "normaliser detached", "P7", "partial-gradient missing-dot-product", "softmax", function=_normaliser_detached
+    ),
     fault("log-sum-exp detached", "P7", "partial-gradient identity", "log_softmax", function=_lse_detached),
     fault(
         "penalty of weight zero on hidden scores",
