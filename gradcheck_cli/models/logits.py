@@ -1,7 +1,7 @@
 """Picks the logits out of what a model returns, and finds their class axis."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,23 +16,28 @@ def pick_logits(output: object) -> Tensor:
     Of a tuple or mapping the entries themselves count before those nested inside, so that (logits, (h, c)) gives
     the logits. Raises SoftcheckError if there is none.
     """
-    found = _picked(output)
-    if found is None:
+    found = floating_array(output, _is_floating_tensor)
+    if not isinstance(found, Tensor):
         raise SoftcheckError(f"the model returned no floating-point tensor ({type(output).__name__})", hint=_HINT)
     return found
 
 
-def _picked(output: object) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+def _is_floating_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def floating_array(output: object, is_floating: Callable[[object], bool]) -> object:
+    """The array of any framework that `pick_logits` would pick; None where there is none."""
+    if is_floating(output):
+        return output
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(named, Tensor) and named.is_floating_point():
+    if is_floating(named):
         return named
     parts = _parts(output)
-    direct = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    direct = [part for part in parts if is_floating(part)]
     if direct:
         return direct[-1]
-    nested = (_picked(part) for part in reversed(parts) if not isinstance(part, Tensor))
+    nested = (floating_array(part, is_floating) for part in reversed(parts))
     return next((part for part in nested if part is not None), None)
 
 

@@ -103,7 +103,7 @@ def load_loss(target: str, *, device: torch.device) -> UserLoss:
         with guarded(target, doing="making the loss"):
             value = value()
     call = value if isinstance(value, nn.Module) else as_callable(value, target)
-    needed, taken = _positional(call.forward if isinstance(call, nn.Module) else call)
+    needed, taken = positional_arguments(call.forward if isinstance(call, nn.Module) else call)
     if needed > 2 or taken < 1:
         raise SoftcheckError(f"{target} takes {needed} arguments", hint=_FORMS)
     if isinstance(call, nn.Module):
@@ -115,7 +115,7 @@ def load_loss(target: str, *, device: torch.device) -> UserLoss:
     return UserLoss(code=code, needed=needed, taken=taken, kind=name if known else "")
 
 
-def _positional(call: Callable[..., object]) -> tuple[int, int]:
+def positional_arguments(call: Callable[..., object]) -> tuple[int, int]:
     """How many positional arguments must and can be given; one or two where the signature cannot be told."""
     try:
         parameters = list(inspect.signature(call).parameters.values())

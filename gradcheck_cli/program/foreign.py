@@ -41,7 +41,7 @@ def native_function(stage: "Stage") -> Function:
 def compiled_values(stage: "Stage") -> Values | None:
     """The checked outputs as a function of the varied arguments, through the framework's compiler.
 
-    For the many evaluations that differences take: a compiled small function is called in a tenth of the time. None
+    For the many evaluations that differences take, of which most time is the framework's own work per operation. None
     where there is no compiler, where the function cannot be compiled or draws random numbers, and where its value is
     not the uncompiled one's to rounding at the point and beside it.
     """

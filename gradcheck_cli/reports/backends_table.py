@@ -3,13 +3,14 @@
 import io
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from gradcheck_cli.backends.inventory import Framework, Inventory
 from gradcheck_cli.reports import Look
 from gradcheck_cli.reports.escape import escape
 from gradcheck_cli.reports.grid import Column, Lines, grid, grid_width
+from gradcheck_cli.reports.table import console_of
 
 _NOTHING = "–"
 
@@ -19,18 +20,7 @@ def render_backends_table(inventory: Inventory, look: Look) -> str:
 
     Only a hint may be longer than the width, because a broken command could not be copied.
     """
-    console = Console(
-        file=io.StringIO(),
-        width=look.width,
-        color_system="256" if look.color else None,
-        force_terminal=look.color,
-        no_color=not look.color,
-        legacy_windows=False,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        _environ={},
-    )
+    console = console_of(look)
     for position, block in enumerate(_blocks(inventory, look)):
         if position:
             console.print()

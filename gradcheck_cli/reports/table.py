@@ -41,7 +41,7 @@ def render_table(
         show_all=show_all,
     )
     blocks = [block for block in _blocks(report, look) if block]
-    console = _console(look)
+    console = console_of(look)
     for position, block in enumerate(blocks):
         if position:
             console.print()
@@ -51,7 +51,7 @@ def render_table(
     return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())
 
 
-def _console(look: Look) -> Console:
+def console_of(look: Look) -> Console:
     """A console that asks neither the terminal nor the environment."""
     return Console(
         file=io.StringIO(),

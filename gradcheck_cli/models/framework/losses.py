@@ -1,7 +1,6 @@
 """The loss of a model of another framework: cross-entropy on its logits, or one that the user names."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +8,12 @@ from torch import Tensor
 
 from gradcheck_cli.errors import SoftcheckError
 from gradcheck_cli.models.losses import CROSS_ENTROPY, IGNORED, model_loss, read_targets
+from gradcheck_cli.models.user_loss import positional_arguments
 from gradcheck_cli.problem import UserCode
 from gradcheck_cli.sources.imports import guarded
 from gradcheck_cli.sources.targets import load_target
 
 FORMS = "forms: loss(output) or loss(output, targets), which gives one number"
-_PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _CHANNELS_LAST = 4
 _NAMED = "name the loss that it was trained with: --loss keras.losses:BinaryCrossentropy or file.py:loss"
 
@@ -95,7 +94,7 @@ def load_named_loss(target: str, *, targets_file: str | None) -> NamedLoss:
         raise SoftcheckError(f"{target} is {type(value).__name__}, not a function", hint=FORMS)
     home = type(value).__module__ if not inspect.isfunction(value) else value.__module__
     is_keras = (home or "").startswith("keras.")
-    needed, taken = (2, 2) if is_keras else _positional(value)
+    needed, taken = (2, 2) if is_keras else positional_arguments(value)
     if needed > 2 or taken < 1:
         raise SoftcheckError(f"{target} takes {needed} arguments", hint=FORMS)
     if targets_file is not None and taken < 2:
@@ -105,15 +104,3 @@ def load_named_loss(target: str, *, targets_file: str | None) -> NamedLoss:
     targets = None if targets_file is None else read_targets(targets_file)
     code = UserCode(call=value, label=target, options={})
     return NamedLoss(code=code, needed=needed, taken=taken, reversed=is_keras, targets=targets)
-
-
-def _positional(call: Callable[..., object]) -> tuple[int, int]:
-    """How many positional arguments must and can be given; one or two where the signature cannot be told."""
-    try:
-        parameters = list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):
-        return 1, 2
-    places = [one for one in parameters if one.kind in _PLACES]
-    needed = sum(one.default is inspect.Parameter.empty for one in places)
-    many = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
-    return needed, 2 if many else len(places)
